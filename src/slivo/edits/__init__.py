@@ -1,0 +1,108 @@
+"""Edits: small, JSON-serializable, replayable changes of a model's structure.
+
+A compressed model is its factory, the list of its edits, and its tensors. Every technique returns a new model that
+carries the edits that made it (`record`), so that saving needs nothing but the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+from torch import nn
+
+from slivo.edits.cut import Cut
+from slivo.errors import ArtifactError
+
+__all__ = ["Cut", "Edit", "apply", "from_json", "record", "replay", "to_json"]
+
+_RECORD = "_slivo_edits"
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """What every edit offers; edits are frozen dataclasses."""
+
+    kind: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the edit as JSON-ready data, without its kind."""
+        ...
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild the edit from what `to_json` returned."""
+        ...
+
+    def apply_(self, model: nn.Module) -> None:
+        """Change the model in place; works on the meta device too, where only shapes matter."""
+        ...
+
+
+_KINDS: dict[str, type[Edit]] = {edit.kind: edit for edit in (Cut,)}
+
+
+def record(model: nn.Module) -> tuple[Edit, ...]:
+    """Return the edits that a model carries, oldest first; empty for a model that slivo has not changed."""
+    found: tuple[Edit, ...] = getattr(model, _RECORD, ())
+    return found
+
+
+def apply(model: nn.Module, edit: Edit) -> nn.Module:
+    """Apply one edit to a copy of the model.
+
+    Args:
+        model: Any module; it is left untouched.
+        edit: The change to make.
+
+    Returns:
+        A deep copy with the edit applied and added to its record.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Linear(4, 1))
+        >>> cut = Cut(slices={"0.weight": {0: [0, 2]}, "0.bias": {0: [0, 2]}, "1.weight": {1: [0, 2]}})
+        >>> small = apply(net, cut)
+        >>> small[0].weight.shape, net[0].weight.shape
+        (torch.Size([2, 2]), torch.Size([4, 2]))
+        >>> record(small) == (cut,)
+        True
+    """
+    new = copy.deepcopy(model)
+    replay(new, (edit,))
+    return new
+
+
+def replay(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
+    """Apply edits to the model itself, in order, and add them to its record; returns the same model."""
+    for edit in edits:
+        edit.apply_(model)
+        object.__setattr__(model, _RECORD, (*record(model), edit))
+    return model
+
+
+def to_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
+    """Return edits as JSON-ready data: one object each, its ``kind`` first."""
+    return [{"kind": edit.kind, **edit.to_json()} for edit in edits]
+
+
+def from_json(data: Iterable[Mapping[str, Any]]) -> tuple[Edit, ...]:
+    """Rebuild edits from `to_json`'s data.
+
+    Raises:
+        ArtifactError: If a kind is not known here (a newer version wrote it) or its data is malformed.
+    """
+    edits = []
+    for index, item in enumerate(data):
+        kind = item.get("kind")
+        if kind not in _KINDS:
+            known = ", ".join(sorted(_KINDS))
+            raise ArtifactError(
+                f"edits[{index}] has kind {kind!r}; known are {known}: a newer slivo may have written it"
+            )
+        try:
+            edits.append(_KINDS[kind].from_json({key: value for key, value in item.items() if key != "kind"}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"edits[{index}] ({kind}) is malformed: {error}") from error
+    return tuple(edits)

@@ -1,0 +1,299 @@
+"""The axis graph: which slices of which parameters go together, what hangs on them, and what may be cut."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from slivo.errors import ShapeError
+from slivo.graph import rules
+from slivo.graph.capture import capture
+from slivo.graph.dims import Var, leaves, positions, size_after
+from slivo.graph.infer import Inference
+from slivo.graph.inputs import ExampleInputs, as_args
+
+_ = rules  # the rules register themselves when they are imported
+
+
+@dataclass(frozen=True)
+class Member:
+    """The slices of one tensor that belong to an axis.
+
+    Args:
+        tensor: Qualified name of a parameter or buffer.
+        dim: The dimension of the tensor.
+        index: int64 array of shape (axis size, k): row i lists the entries of that dimension that belong to
+            position i of the axis. Rows are disjoint.
+    """
+
+    tensor: str
+    dim: int
+    index: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A dimension that several tensors share: cut a position of it, and every member loses its row.
+
+    Args:
+        name: Unique in its graph; made from the modules that write the axis, such as ``layer1.*.conv2 out``.
+        size: Number of positions.
+        members: Where the axis occurs.
+        macs: Multiply-accumulates per sample of all operators that the axis takes part in.
+        params: Entries of parameters that belong to the axis.
+        fixed: None, or the reason why the axis may not be cut.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    macs: int
+    params: int
+    fixed: str | None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What `trace` finds out about a model.
+
+    Args:
+        axes: All axes that have members, in order of first use.
+        ties: Sets of axes (by name) that must keep equal sizes, because code parts them by number.
+        macs: Multiply-accumulates per sample of convolutions, matrix products and attention.
+        params: Number of parameters; tied weights count once.
+        unknown_ops: Operators without a rule, and how often each occurs; their dimensions are fixed.
+    """
+
+    axes: tuple[Axis, ...]
+    ties: tuple[frozenset[str], ...]
+    macs: int
+    params: int
+    unknown_ops: Mapping[str, int]
+    variables: Mapping[str, Var] = field(repr=False)
+    inference: Inference = field(repr=False)
+    batch: int = field(repr=False)
+
+    def __getitem__(self, name: str) -> Axis:
+        """Return the axis of that name.
+
+        Raises:
+            ShapeError: If there is none; lists names that are close.
+        """
+        for axis in self.axes:
+            if axis.name == name:
+                return axis
+        raise ShapeError(f"no axis is called {name!r}; there are {', '.join(axis.name for axis in self.axes[:8])} …")
+
+    @property
+    def prunable(self) -> tuple[Axis, ...]:
+        """The axes that may be cut."""
+        return tuple(axis for axis in self.axes if axis.fixed is None)
+
+    @cached_property
+    def prunable_macs(self) -> float:
+        """Share of the MACs, 0-1, of operators in which some prunable axis takes part."""
+        free = {self.variables[axis.name] for axis in self.prunable}
+        reached = 0
+        for cost in self.inference.costs:
+            if any(leaf in free for term in cost.terms for leaf in leaves(term)):
+                reached += cost.constant * prod(term.size for term in cost.terms)
+        return reached / (self.macs * self.batch) if self.macs else 0.0
+
+    @cached_property
+    def prunable_params(self) -> float:
+        """Share of the parameters, 0-1, that lie on some prunable axis."""
+        free = {self.variables[axis.name] for axis in self.prunable}
+        reached = 0
+        for name in self.parameters:
+            dims = self.inference.tensors[name]
+            if any(leaf in free for term in dims for leaf in leaves(term)):
+                reached += prod(term.size for term in dims)
+        return reached / self.params if self.params else 0.0
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters (not the buffers) that the network uses."""
+        return tuple(self.inference.parameters)
+
+    def count(self, sizes: Mapping[str, int]) -> tuple[int, int]:
+        """Return the MACs per sample and the parameters that are left when axes have other sizes.
+
+        Args:
+            sizes: For some axes, by name, the number of positions that stay.
+
+        Returns:
+            ``(macs, params)``, exact.
+        """
+        kept = {self.variables[name]: size for name, size in sizes.items()}
+        macs = sum(c.constant * prod(size_after(t, kept) for t in c.terms) for c in self.inference.costs)
+        params = self.params
+        for name in self.parameters:
+            dims = self.inference.tensors[name]
+            params += prod(size_after(t, kept) for t in dims) - prod(t.size for t in dims)
+        return macs // self.batch, params
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
+    """Find the axes of a model: what can be cut, and who moves together.
+
+    Args:
+        model: Any module that PyTorch can capture; it is left as it was.
+        example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+
+    Returns:
+        The graph. The network's inputs and outputs keep their sizes: their axes are fixed.
+
+    Raises:
+        CaptureError: If the model does not run on the inputs or cannot be captured.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> graph = trace(net, torch.randn(2, 4))
+        >>> [(axis.name, axis.size, axis.fixed) for axis in graph.axes if axis.fixed is None]
+        [('0 out', 8, None)]
+        >>> graph.count({"0 out": 4})
+        (28, 35)
+    """
+    inference = Inference(capture(model, example_inputs))
+    inference.run()
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in inference.tensors}
+    inference.parameters = tuple(parameters)
+    members = _members(inference)
+    names = _names(members, inference)
+    batch = _batch(example_inputs)
+    axes = tuple(
+        Axis(
+            name=names[axis],
+            size=axis.size,
+            members=tuple(where),
+            macs=_macs(inference, axis) // batch,
+            params=sum(_entries(inference, m) for m in _unique(where) if m.tensor in parameters),
+            fixed=axis.fixed,
+        )
+        for axis, where in members.items()
+    )
+    variables = {names[axis]: axis for axis in members}
+    known = {axis: name for name, axis in variables.items()}
+    return Graph(
+        axes=axes,
+        ties=_ties(inference, known),
+        macs=sum(cost.constant * prod(term.size for term in cost.terms) for cost in inference.costs) // batch,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        unknown_ops=dict(inference.unknown),
+        variables=variables,
+        inference=inference,
+        batch=batch,
+    )
+
+
+def _members(inference: Inference) -> dict[Var, list[Member]]:
+    """Collect the members of each axis; the windows of kernels are no axes."""
+    members: dict[Var, list[Member]] = {}
+    for name, dims in inference.tensors.items():
+        for dim, term in enumerate(dims):
+            for axis, index in positions(term).items():
+                members.setdefault(axis, []).append(Member(name, dim, index))
+    for axis, where in members.items():
+        tensors = [member.tensor for member in where]
+        if axis.fixed is None and len(set(tensors)) < len(tensors) and _overlaps(where):
+            axis.fixed = "occurs in two dimensions of one tensor that are cut apart"
+    return {axis: where for axis, where in members.items() if "window" not in (axis.fixed or "")}
+
+
+def _overlaps(where: Sequence[Member]) -> bool:
+    """An axis may occur in two dimensions of one tensor (a square recurrent matrix); in one dimension only once."""
+    return len({(member.tensor, member.dim) for member in where}) < len(where)
+
+
+def _macs(inference: Inference, axis: Var) -> int:
+    return sum(
+        cost.constant * prod(term.size for term in cost.terms)
+        for cost in inference.costs
+        if any(leaf is axis for term in cost.terms for leaf in leaves(term))
+    )
+
+
+def _entries(inference: Inference, member: Member) -> int:
+    dims = inference.tensors[member.tensor]
+    return int(member.index.size) * prod(term.size for dim, term in enumerate(dims) if dim != member.dim)
+
+
+def _unique(where: Iterable[Member]) -> Iterable[Member]:
+    """One member a tensor, the one with most entries in its dimension."""
+    best: dict[str, Member] = {}
+    for member in where:
+        if member.tensor not in best:
+            best[member.tensor] = member
+    return best.values()
+
+
+def _ties(inference: Inference, known: Mapping[Var, str]) -> tuple[frozenset[str], ...]:
+    """Turn dimensions of equal size into sets of axes of equal size; what cannot be said so is fixed."""
+    ties: list[frozenset[str]] = []
+    for terms in inference.ties:
+        parts = [[leaf for leaf in leaves(term) if leaf.fixed is None] for term in terms]
+        if all(part == parts[0] for part in parts):
+            continue
+        if all(len(part) == 1 for part in parts):
+            ties.append(frozenset(known[part[0]] for part in parts if part[0] in known))
+        else:
+            for part in parts:
+                for leaf in part:
+                    leaf.fixed = "stays of equal size with a dimension of another structure"
+    return tuple(ties)
+
+
+def _batch(example_inputs: ExampleInputs) -> int:
+    args, kwargs = as_args(example_inputs)
+    for value in [*args, *kwargs.values()]:
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return max(1, int(value.shape[0]))
+    return 1
+
+
+def _names(members: Mapping[Var, Sequence[Member]], inference: Inference) -> dict[Var, str]:
+    """Name each axis after the modules that write it and what it is there."""
+    roles: dict[Var, dict[str, list[str]]] = {}
+    for term, module, role in inference.roles:
+        several = [leaf for leaf in leaves(term) if leaf in members]
+        for number, leaf in enumerate(several):
+            what = role if len(several) == 1 else f"{role}[{number}]"
+            modules = roles.setdefault(leaf, {}).setdefault(what, [])
+            if module not in modules:
+                modules.append(module)
+    names: dict[Var, str] = {}
+    taken: dict[str, int] = {}
+    for axis, where in members.items():
+        found = roles.get(axis, {})
+        if found:
+            role = min(found, key=lambda each: (each.startswith("out"), "[" in each, each))
+            name = f"{_pattern(found[role])} {role}".strip()
+        else:
+            name = f"{where[0].tensor}[{where[0].dim}]"
+        taken[name] = taken.get(name, 0) + 1
+        names[axis] = name if taken[name] == 1 else f"{name} #{taken[name]}"
+    return names
+
+
+def _pattern(modules: Sequence[str]) -> str:
+    """Write module names that differ in numbers only as one, with ``*`` for the numbers that vary."""
+    groups: dict[str, list[list[str]]] = {}
+    for module in modules:
+        parts = module.split(".")
+        groups.setdefault(re.sub(r"\d+", "#", module), []).append(parts)
+    written = [
+        ".".join(
+            column[0] if len(set(column)) == 1 else re.sub(r"\d+", "*", column[0])
+            for column in zip(*group, strict=True)
+        )
+        for group in groups.values()
+    ]
+    return written[0] if len(written) == 1 else f"{written[0]} +{len(written) - 1}"

@@ -1,0 +1,102 @@
+"""Capture: a model and example inputs become an ATen graph whose tensors are named as in the model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from slivo.errors import CaptureError
+from slivo.graph.inputs import ExampleInputs, as_args
+
+
+@dataclass(frozen=True)
+class Capture:
+    """An ATen graph of a model.
+
+    Args:
+        graph: The graph module; its placeholders are parameters, buffers, constants and inputs, in that order.
+        tensors: For each placeholder that is a parameter or buffer, the model's name of it. A tensor that has
+            several names (tied weights) has one here, the first that the model lists.
+    """
+
+    graph: fx.GraphModule
+    tensors: dict[str, str]
+    inputs: frozenset[str]
+
+
+def capture(model: nn.Module, example_inputs: ExampleInputs) -> Capture:
+    """Capture the model in evaluation mode with `torch.export` (not strict: Python runs as it is).
+
+    Args:
+        model: Any module; its mode, parameters and buffers are as before afterwards.
+        example_inputs: As in `slivo.graph.inputs.as_args`.
+
+    Raises:
+        CaptureError: If the model does not accept the inputs, or PyTorch cannot capture it.
+    """
+    args, kwargs = as_args(example_inputs)
+    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(model, args, kwargs, strict=False)
+        except Exception as error:
+            raise _explain(model, args, kwargs, error) from error
+    signature = program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    first = canonical_names(model)
+    return Capture(
+        graph=program.graph_module,
+        tensors={node: first.get(name, name) for node, name in names.items()},
+        inputs=frozenset(name for name in signature.user_inputs if isinstance(name, str)),
+    )
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Return for every name of every parameter and buffer the first name that the same tensor has."""
+    first: dict[int, str] = {}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and back into the mode that each had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def describe(args: tuple[object, ...], kwargs: dict[str, object]) -> str:
+    """Say in a few words what a model was called with, for messages."""
+
+    def one(value: object) -> str:
+        if isinstance(value, Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        return type(value).__name__
+
+    return ", ".join([*map(one, args), *(f"{key}={one(value)}" for key, value in kwargs.items())])
+
+
+def _explain(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], error: Exception) -> CaptureError:
+    """Tell a call that the model itself rejects from one that only the capture rejects."""
+    given = describe(args, kwargs)
+    name = type(model).__name__
+    try:
+        model(*args, **kwargs)
+    except Exception as failure:
+        reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
+        return CaptureError(
+            f"{name} fails on the example inputs ({given}): {reason}. Give inputs of the shapes and dtypes "
+            "that the model is used with"
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CaptureError(f"{name} cannot be captured as a graph with inputs ({given}): {reason}")

@@ -1,0 +1,294 @@
+"""Inference: walk a captured graph, apply each operator's rule, and collect what is known of every dimension."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from slivo.graph.capture import Capture
+from slivo.graph.dims import UNIT, Term, fix, head, unify, var
+
+Dims = tuple[Term, ...]
+Rule = Callable[..., "Dims | list[Dims | None]"]
+
+RULES: dict[object, Rule] = {}
+"""The rule of each operator, filled by `rule` where the rules are defined."""
+
+
+def rule(*operators: object) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of operators.
+
+    A rule is called with the `Inference` and the operator's own arguments (nodes stand for tensors), states what is
+    equal to what, and returns the dimensions of the output: a tuple of terms, or a list of them for several outputs.
+    """
+
+    def register(function: Rule) -> Rule:
+        for operator in operators:
+            RULES[operator] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates of one operator: a constant times a product of dimensions."""
+
+    constant: int
+    terms: Dims
+
+
+@dataclass(frozen=True)
+class Fact:
+    """An integer that a module holds about a dimension, such as ``out_channels``."""
+
+    module: str
+    attribute: str
+    terms: Dims
+
+
+@dataclass(frozen=True)
+class Literal:
+    """An integer in the graph (a size given to ``view``, say) that stands for a dimension."""
+
+    node: fx.Node
+    module: str
+    path: tuple[int, ...]
+    term: Term
+
+
+@dataclass
+class Inference:
+    """What is known while a graph is walked; rules read and extend it."""
+
+    capture: Capture
+    dims: dict[fx.Node, Any] = field(default_factory=dict)
+    tensors: dict[str, Dims] = field(default_factory=dict)
+    costs: list[Cost] = field(default_factory=list)
+    facts: list[Fact] = field(default_factory=list)
+    literals: list[Literal] = field(default_factory=list)
+    ties: list[Dims] = field(default_factory=list)
+    roles: list[tuple[Term, str, str]] = field(default_factory=list)
+    unknown: dict[str, int] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+    node: fx.Node = field(init=False)
+
+    def of(self, argument: Any) -> Dims:
+        """Return the dimensions of an argument; a number has none."""
+        if isinstance(argument, fx.Node):
+            dims = self.dims[argument]
+            if isinstance(dims, tuple):
+                return dims
+        return ()
+
+    def shape(self, argument: Any) -> tuple[int, ...]:
+        """Return the sizes of an argument's dimensions."""
+        return tuple(term.size for term in self.of(argument))
+
+    @property
+    def module(self) -> str:
+        """The name of the innermost module whose code made the current node."""
+        return module_of(self.node)
+
+    @property
+    def place(self) -> str:
+        """The current node in words, for reasons."""
+        where = f" in {self.module}" if self.module else ""
+        return f"{operator_name(self.node.target)}{where}"
+
+    def unify(self, left: Term, right: Term) -> None:
+        """State that two dimensions are the same."""
+        unify(left, right, self.place)
+
+    def fix(self, terms: Sequence[Term], reason: str) -> None:
+        """Forbid cuts in dimensions."""
+        for term in terms:
+            fix(term, f"{self.place}: {reason}")
+
+    def fresh(self, sizes: Sequence[int], reason: str | None = None) -> Dims:
+        """Return new dimensions, fixed if a reason is given."""
+        return tuple(var(size, None if reason is None else f"{self.place}: {reason}") for size in sizes)
+
+    def outputs(self) -> list[tuple[int, ...] | None]:
+        """Return the shapes of the current node's outputs; None for one that is no tensor."""
+        return _shapes(self.node.meta.get("val"))
+
+    def output(self) -> tuple[int, ...]:
+        """Return the shape of the current node's only output."""
+        shape = self.outputs()[0]
+        return () if shape is None else shape
+
+    def cost(self, constant: int, *terms: Term) -> None:
+        """Count multiply-accumulates: the constant times the product of the dimensions."""
+        self.costs.append(Cost(constant, terms))
+
+    def fact(self, attribute: str, *terms: Term) -> None:
+        """Say which attribute of the current module, if it has it, holds a dimension's size."""
+        self.facts.append(Fact(self.module, attribute, terms))
+
+    def literal(self, path: Sequence[int], term: Term) -> None:
+        """Say which integer among the current node's arguments stands for a dimension."""
+        self.literals.append(Literal(self.node, self.module, tuple(path), term))
+
+    def tie(self, terms: Sequence[Term]) -> None:
+        """Say that dimensions stay of equal size, though they are not the same."""
+        self.ties.append(tuple(terms))
+
+    def role(self, term: Term, role: str) -> None:
+        """Give a dimension a name for people: the current module's, and what it is there."""
+        self.roles.append((term, self.module, role))
+
+    def run(self) -> None:
+        """Walk the whole graph."""
+        for node in self.capture.graph.graph.nodes:
+            self.node = node
+            if node.op == "placeholder":
+                self.dims[node] = self._placeholder(node)
+            elif node.op == "output":
+                for dims in _tensors([self.dims[argument] for argument in node.all_input_nodes]):
+                    for term in dims:
+                        fix(term, "an output of the network")
+            else:
+                self.dims[node] = self._call(node) if node.op == "call_function" else None
+
+    def inline(self, module: Any, arguments: Sequence[Any]) -> list[Dims | None]:
+        """Walk the graph of a sub-module (a ``no_grad`` block, say) as if it stood at the current node."""
+        owner = self.node.graph.owning_module
+        assert owner is not None
+        given, outer, result = iter(arguments), self.node, list[Dims | None]()
+        for node in getattr(owner, module.target).graph.nodes:
+            self.node = node
+            if node.op == "placeholder":
+                argument = next(given)
+                self.dims[node] = self.dims[argument] if isinstance(argument, fx.Node) else None
+            elif node.op == "output":
+                returned = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
+                result = [self.dims[each] if isinstance(each, fx.Node) else None for each in returned]
+            else:
+                self.dims[node] = self._call(node) if node.op == "call_function" else None
+        self.node = outer
+        return result
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        shapes = _shapes(node.meta.get("val"))
+        if len(shapes) != 1 or shapes[0] is None:
+            return [self._sized(shape, "an input of the network") for shape in shapes]
+        name = self.capture.tensors.get(node.name)
+        if name is None:
+            kind = "an input of the network" if node.name in self.capture.inputs else "a constant of the network"
+            return self._sized(shapes[0], kind)
+        if name not in self.tensors:
+            self.tensors[name] = tuple(var(size) for size in shapes[0])
+        return self.tensors[name]
+
+    def _sized(self, shape: tuple[int, ...] | None, reason: str) -> Dims | None:
+        return None if shape is None else tuple(var(size, reason) for size in shape)
+
+    def _call(self, node: fx.Node) -> Any:
+        if node.target is getitem:
+            whole, number = node.args
+            source = self.dims[whole] if isinstance(whole, fx.Node) else None
+            return source[number] if isinstance(source, list) and isinstance(number, int) else None
+        found = _rule_of(node.target)
+        if found is not None and all(size != 0 for shape in self.outputs() for size in shape or ()):
+            result = found(self, *node.args, **node.kwargs)
+            got = result if isinstance(result, list) else [result]
+            sizes = [None if dims is None else tuple(term.size for term in dims) for dims in got]
+            if sizes == self.outputs()[: len(sizes)]:
+                return result
+        return self._unknown(node)
+
+    def _unknown(self, node: fx.Node) -> Any:
+        """Fix everything that an operator without a rule touches."""
+        shapes = self.outputs()
+        touched = [dims for argument in node.all_input_nodes for dims in _tensors(self.dims[argument]) if dims]
+        if any(shapes) or touched:
+            name = operator_name(node.target)
+            self.unknown[name] = self.unknown.get(name, 0) + 1
+        reason = f"{self.place} has no rule"
+        for dims in touched:
+            for term in dims:
+                fix(term, reason)
+        fresh = [self._sized(shape, reason) for shape in shapes]
+        value = node.meta.get("val")
+        return fresh[0] if isinstance(value, Tensor) else fresh
+
+
+def elementwise(t: Inference, operands: Sequence[Any], shape: Sequence[int]) -> Dims:
+    """Broadcast operands against one another: dimensions are aligned from the last; those of size 1 adapt."""
+    out: list[Term] = [UNIT] * len(shape)
+    for operand in operands:
+        dims = t.of(operand)
+        for offset, term in enumerate(reversed(dims), start=1):
+            if head(term) is UNIT or term.size == 1:
+                continue
+            if out[-offset] is UNIT:
+                out[-offset] = term
+            else:
+                t.unify(out[-offset], term)
+    return tuple(term if term.size == size else var(size) for term, size in zip(out, shape, strict=True))
+
+
+def flatten_args(*arguments: Any) -> Iterator[Any]:
+    """Yield the nodes among arguments, lists included."""
+    for argument in arguments:
+        if isinstance(argument, fx.Node):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from flatten_args(*argument)
+
+
+def _pointwise(t: Inference, *args: Any, **kwargs: Any) -> Dims:
+    return elementwise(t, list(flatten_args(args, list(kwargs.values()))), t.output())
+
+
+def _rule_of(target: Any) -> Rule | None:
+    packet = getattr(target, "overloadpacket", target)
+    if packet in RULES:
+        return RULES[packet]
+    if torch.Tag.pointwise in getattr(target, "tags", ()):
+        return _pointwise
+    return None
+
+
+def operator_name(target: Any) -> str:
+    """Return an operator's short name, such as ``view``."""
+    packet = getattr(target, "overloadpacket", target)
+    return getattr(packet, "__name__", str(packet)).split(".")[-1]
+
+
+def module_of(node: fx.Node) -> str:
+    """Return the name of the innermost module whose code made a node; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    name = str(list(stack.values())[-1][0])
+    return name.split("@")[0]
+
+
+def _shapes(value: Any) -> list[tuple[int, ...] | None]:
+    if isinstance(value, Tensor):
+        return [tuple(int(size) for size in value.shape)]
+    if isinstance(value, list | tuple):
+        return [tuple(int(s) for s in each.shape) if isinstance(each, Tensor) else None for each in value]
+    return [None]
+
+
+def _tensors(dims: Any) -> Iterator[Dims]:
+    if isinstance(dims, tuple):
+        yield dims
+    elif isinstance(dims, list):
+        for each in dims:
+            yield from _tensors(each)
+
+
+def signature_of(function: Rule) -> inspect.Signature:
+    """Return a rule's signature without the inference, for the list of rules."""
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])

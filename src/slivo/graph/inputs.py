@@ -1,0 +1,35 @@
+"""Example inputs in the forms that people hand them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+ExampleInputs = Any
+"""One tensor, a sequence of positional arguments, or a mapping of keyword arguments."""
+
+
+def as_args(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Normalize example inputs to positional and keyword arguments of a model's ``forward``.
+
+    Args:
+        example_inputs: One tensor (or any single object), a tuple or list of positional arguments, or a mapping
+            of keyword arguments. A tuple whose last entry is a mapping with string keys and whose other
+            entries are positional is *not* split: give a mapping, or only positional arguments.
+
+    Returns:
+        ``(args, kwargs)`` such that ``model(*args, **kwargs)`` is the intended call.
+
+    Example:
+        >>> as_args({"x": 1})
+        ((), {'x': 1})
+        >>> as_args((1, 2))
+        ((1, 2), {})
+        >>> as_args(3)
+        ((3,), {})
+    """
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}

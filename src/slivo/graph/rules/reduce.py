@@ -1,0 +1,119 @@
+"""Reductions and what runs along one dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from slivo.graph.dims import UNIT, product
+from slivo.graph.infer import Dims, Inference, rule
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.mean,
+    aten.sum,
+    aten.amax,
+    aten.amin,
+    aten.prod,
+    aten.all,
+    aten.any,
+    aten.logsumexp,
+    aten.nansum,
+)
+def reduction(t: Inference, x: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Dims:
+    """The reduced dimensions go; a reduction does not depend on their order."""
+    return _reduced(t, x, dim, keepdim)
+
+
+@rule(aten.var, aten.std)
+def variance(t: Inference, x: Any, dim: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any) -> Dims:
+    """The reduced dimensions go."""
+    keepdim = keepdim or (bool(args) and bool(args[-1]) and str(t.node.target).endswith(".dim"))
+    return _reduced(t, x, None if isinstance(dim, bool) else dim, keepdim)
+
+
+@rule(aten.var_mean, aten.std_mean)
+def variance_and_mean(
+    t: Inference, x: Any, dim: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any
+) -> list[Dims | None]:
+    """Two reductions at once."""
+    keepdim = keepdim or (bool(args) and bool(args[-1]) and str(t.node.target).endswith(".dim"))
+    out = _reduced(t, x, None if isinstance(dim, bool) else dim, keepdim)
+    return [out, out]
+
+
+@rule(aten.linalg_vector_norm, aten.norm)
+def vector_norm(t: Inference, x: Any, order: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Dims:
+    """The reduced dimensions go."""
+    return _reduced(t, x, dim, keepdim)
+
+
+@rule(aten.max, aten.min, aten.median)
+def extremum(t: Inference, x: Any, dim: Any = None, keepdim: bool = False) -> Dims | list[Dims | None]:
+    """Over all, of two tensors, or along one dimension, whose indices then fix it."""
+    if dim is None:
+        return ()
+    t.fix([t.of(x)[dim]], "positions are given out as indices")
+    out = _reduced(t, x, dim, keepdim)
+    return [out, out]
+
+
+@rule(aten.argmax, aten.argmin)
+def argument(t: Inference, x: Any, dim: Any = None, keepdim: bool = False) -> Dims:
+    """Positions are given out as indices, so they are fixed."""
+    t.fix(t.of(x) if dim is None else [t.of(x)[dim]], "positions are given out as indices")
+    return _reduced(t, x, dim, keepdim)
+
+
+@rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten._safe_softmax)
+def softmax(t: Inference, x: Any, *args: Any, **kwargs: Any) -> Dims:
+    """Does not depend on the order."""
+    return t.of(x)
+
+
+@rule(aten.glu)
+def glu(t: Inference, x: Any, dim: int = -1) -> Dims:
+    """Two halves are multiplied with one another."""
+    dims = list(t.of(x))
+    half = t.fresh([dims[dim].size // 2])[0]
+    t.unify(dims[dim], product((*t.fresh([2], "the two halves of a gate"), half)))
+    dims[dim] = half
+    return tuple(dims)
+
+
+@rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.flip)
+def running(t: Inference, x: Any, dim: Any = 0, *args: Any, **kwargs: Any) -> Dims:
+    """Depends on the order, so the dimension is fixed."""
+    for each in _list(dim, len(t.of(x))):
+        t.fix([t.of(x)[each]], "depends on the order")
+    return t.of(x)
+
+
+@rule(aten.topk, aten.sort, aten.kthvalue)
+def ranking(t: Inference, x: Any, *args: Any, **kwargs: Any) -> list[Dims | None]:
+    """Positions are given out as indices, so they are fixed; the ranks are a new dimension."""
+    source, shape = t.of(x), t.outputs()[0] or ()
+    default = args[1] if t.node.target is aten.topk.default and len(args) > 1 else -1
+    dim = kwargs.get("dim", default) if len(source) else 0
+    at = dim % len(source)
+    t.fix([source[at]], "positions are given out as indices")
+    out = (*source[:at], *t.fresh([shape[at]], "ranks"), *source[at + 1 :])
+    return [out, out]
+
+
+def _reduced(t: Inference, x: Any, dim: Any, keepdim: bool) -> Dims:
+    dims = t.of(x)
+    gone = set(_list(dim, len(dims)))
+    if keepdim:
+        return tuple(UNIT if index in gone else term for index, term in enumerate(dims))
+    return tuple(term for index, term in enumerate(dims) if index not in gone)
+
+
+def _list(dim: Any, rank: int) -> Iterable[int]:
+    if dim is None or (isinstance(dim, list | tuple) and not dim):
+        return range(rank)
+    return [each % rank for each in (dim if isinstance(dim, list | tuple) else [dim])] if rank else []
