@@ -1,3 +1,86 @@
-"""Prune, then distil: make a trained network smaller and faster, and keep its accuracy."""
+"""slivo: prune, then distil.
+
+Turns a trained PyTorch network into a smaller, faster one that keeps its accuracy, by pruning and distillation
+together, with quantization beside them. Everything a user needs is here; the subpackages hold the parts.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from slivo.errors import ArtifactError, CaptureError, RecipeError, ShapeError, SlivoError, TargetError
+
+if TYPE_CHECKING:
+    from slivo import losses
+    from slivo.artifact import load, save
+    from slivo.distill import distill
+    from slivo.graph import trace
+    from slivo.measure import inspect
+    from slivo.prune import Budget, prune
+    from slivo.quantize import quantize
+    from slivo.recipe import Target, compress
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "Budget",
+    "CaptureError",
+    "RecipeError",
+    "ShapeError",
+    "SlivoError",
+    "Target",
+    "TargetError",
+    "compress",
+    "distill",
+    "inspect",
+    "load",
+    "losses",
+    "prune",
+    "quantize",
+    "save",
+    "trace",
+]
+
+# Where each public name lives. They are imported when first used, so that `slivo --help` need not wait for PyTorch.
+_HOMES = {
+    "Budget": "slivo.prune",
+    "Target": "slivo.recipe",
+    "compress": "slivo.recipe",
+    "distill": "slivo.distill",
+    "inspect": "slivo.measure",
+    "load": "slivo.artifact",
+    "prune": "slivo.prune",
+    "quantize": "slivo.quantize",
+    "save": "slivo.artifact",
+    "trace": "slivo.graph",
+}
+
+
+class _Package(ModuleType):
+    """This package; a public function wins over the subpackage of the same name, whichever is imported first."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # The import system binds a subpackage to its parent when it has been imported: `slivo.prune` would turn from
+        # the function into the module.
+        if isinstance(value, ModuleType) and name in _HOMES:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name == "losses":
+        return import_module("slivo.losses")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'slivo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

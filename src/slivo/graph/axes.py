@@ -31,11 +31,14 @@ class Member:
         dim: The dimension of the tensor.
         index: int64 array of shape (axis size, k): row i lists the entries of that dimension that belong to
             position i of the axis. Rows are disjoint.
+        reads: Whether the tensor is a weight that contracts this dimension with an activation (the input channels of
+            a convolution): it reads the axis, others write or scale it.
     """
 
     tensor: str
     dim: int
     index: NDArray[np.int64]
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ def _members(inference: Inference) -> dict[Var, list[Member]]:
     for name, dims in inference.tensors.items():
         for dim, term in enumerate(dims):
             for axis, index in positions(term).items():
-                members.setdefault(axis, []).append(Member(name, dim, index))
+                members.setdefault(axis, []).append(Member(name, dim, index, term in inference.reads))
     for axis, where in members.items():
         tensors = [member.tensor for member in where]
         if axis.fixed is None and len(set(tensors)) < len(tensors) and _overlaps(where):

@@ -75,6 +75,7 @@ class Inference:
     literals: list[Literal] = field(default_factory=list)
     ties: list[Dims] = field(default_factory=list)
     roles: list[tuple[Term, str, str]] = field(default_factory=list)
+    reads: set[Term] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     node: fx.Node = field(init=False)
@@ -139,6 +140,10 @@ class Inference:
     def tie(self, terms: Sequence[Term]) -> None:
         """Say that dimensions stay of equal size, though they are not the same."""
         self.ties.append(tuple(terms))
+
+    def read(self, *terms: Term) -> None:
+        """Say that a dimension of a weight is contracted with an activation: it reads what another weight wrote."""
+        self.reads.update(terms)
 
     def role(self, term: Term, role: str) -> None:
         """Give a dimension a name for people: the current module's, and what it is there."""

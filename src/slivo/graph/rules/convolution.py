@@ -71,11 +71,13 @@ def _convolve(t: Inference, x: Any, weight: Any, bias: Any, groups: int, *, tran
     if transposed:
         t.unify(kernel[0], product((several, var(kernel[0].size // groups))))
         t.unify(channels, kernel[0])
+        t.read(kernel[0])
         out = product((several, kernel[1]))
         steps = prod(term.size for term in source[-space:])
     else:
         t.unify(kernel[0], product((several, var(kernel[0].size // groups))))
         t.unify(channels, product((several, kernel[1])))
+        t.read(kernel[1])
         out = kernel[0]
         steps = prod(shape[-space:])
     if bias is not None:

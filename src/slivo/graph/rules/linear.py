@@ -19,6 +19,7 @@ def linear(t: Inference, x: Any, weight: Any, bias: Any = None) -> Dims:
     source, matrix = t.of(x), t.of(weight)
     out, inner = matrix
     t.unify(source[-1], inner)
+    t.read(inner)
     if bias is not None:
         t.unify(t.of(bias)[0], out)
     t.cost(1, *source[:-1], out, inner)
@@ -62,6 +63,7 @@ def _matmul(t: Inference, left: Dims, right: Dims) -> Dims:
     columns = right[-1:] if len(right) > 1 else ()
     inner = right[-2] if len(right) > 1 else right[-1]
     t.unify(left[-1], inner)
+    t.read(left[-1], inner)
     batch = broadcast(t, left[:-2], right[:-2])
     t.cost(1, *batch, *rows, *columns, inner)
     return (*batch, *rows, *columns)

@@ -1,0 +1,8 @@
+"""Pruning: choose what a model can spare (`criteria`), how much may stay (`budget`), and cut it (`width`)."""
+
+from slivo.prune.budget import Budget, allocate
+from slivo.prune.importance import importance
+from slivo.prune.schedule import steps
+from slivo.prune.width import prune, select
+
+__all__ = ["Budget", "allocate", "importance", "prune", "select", "steps"]

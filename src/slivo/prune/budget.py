@@ -1,0 +1,226 @@
+"""Budgets: how much of a model stays, and which positions of which axes go so that the budget is hit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slivo.errors import TargetError
+from slivo.graph import Axis, Graph
+
+Scope = Literal["global", "uniform"]
+Scores = Mapping[str, NDArray[np.float64]]
+"""For each axis, by name, the importance of each position."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may stay of a model. Each entry is a share (a float up to 1.0) or an absolute count (an int).
+
+    Args:
+        macs: Multiply-accumulates per sample.
+        params: Parameters.
+
+    Raises:
+        TargetError: If nothing is given, or a value is no share and no count.
+
+    Example:
+        >>> Budget(macs=0.5).limits(macs=1000, params=70)
+        (500, 70)
+        >>> Budget(macs=0.5, params=20).limits(macs=1000, params=70)
+        (500, 20)
+    """
+
+    macs: float | int | None = None
+    params: float | int | None = None
+
+    def __post_init__(self) -> None:
+        if self.macs is None and self.params is None:
+            raise TargetError("a budget needs macs=… or params=…; a share (0.5 keeps half) or a count")
+        for name, value in (("macs", self.macs), ("params", self.params)):
+            if value is not None and (isinstance(value, bool) or not value > 0 or _is_bad_share(value)):
+                raise TargetError(
+                    f"budget {name} is {value!r}; a share above 0 and up to 1.0 (0.5 keeps half) or a count, an int"
+                )
+
+    def limits(self, *, macs: int, params: int) -> tuple[int, int]:
+        """Return the largest MACs and parameters allowed, for a model that has so many now."""
+        return _limit(self.macs, macs), _limit(self.params, params)
+
+
+def _is_bad_share(value: float | int) -> bool:
+    return isinstance(value, float) and value > 1.0
+
+
+def _limit(value: float | int | None, whole: int) -> int:
+    if value is None:
+        return whole
+    return int(value * whole) if isinstance(value, float) else value
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Axes that are cut together, rank by rank: one axis, or several that must keep equal sizes."""
+
+    axes: tuple[Axis, ...]
+    order: tuple[NDArray[np.int64], ...]
+    scores: NDArray[np.float64]
+    least: int
+
+    @property
+    def size(self) -> int:
+        return self.axes[0].size
+
+    def kept(self, gone: int) -> dict[str, list[int]]:
+        """Positions that stay when the ``gone`` least important ranks go."""
+        return {
+            axis.name: sorted(order[gone:].tolist()) for axis, order in zip(self.axes, self.order, strict=True) if gone
+        }
+
+
+def allocate(
+    graph: Graph,
+    scores: Scores,
+    budget: Budget,
+    *,
+    scope: Scope = "global",
+    min_width: float | int = 0.1,
+    round_to: int = 1,
+) -> dict[str, list[int]]:
+    """Choose the positions that stay so that the budget is met, and missed by no more than one step.
+
+    Args:
+        graph: The traced model.
+        scores: The axes that may be cut, and the importance of each of their positions.
+        budget: What may stay.
+        scope: ``global`` ranks all positions of all axes together and removes the least important; ``uniform``
+            keeps the same share of every axis.
+        min_width: Least size of an axis that is cut: a share of its size, or a count (an int). A tenth by default,
+            so that no layer collapses whatever its scores.
+        round_to: Sizes that change become multiples of this, for hardware that likes them (8, 16, 32).
+
+    Returns:
+        For each axis that is cut, by name, the positions that stay, ascending.
+
+    Raises:
+        TargetError: If the budget cannot be met; says what the least possible is.
+    """
+    groups = _groups(graph, scores, min_width, round_to)
+    limits = budget.limits(macs=graph.macs, params=graph.params)
+    removed = _removals(groups, scope)
+    low, high = 0, len(removed)
+    least = _count(graph, groups, _cut(groups, removed, round_to))
+    if not _within(least, limits):
+        raise _unmet(graph, least, limits)
+    while low < high:
+        middle = (low + high) // 2
+        if _within(_count(graph, groups, _cut(groups, removed[:middle], round_to)), limits):
+            high = middle
+        else:
+            low = middle + 1
+    gone = _refill(graph, groups, _cut(groups, removed[:low], round_to), limits, round_to)
+    return {name: kept for group, count in zip(groups, gone, strict=True) for name, kept in group.kept(count).items()}
+
+
+def _groups(graph: Graph, scores: Scores, min_width: float | int, round_to: int) -> list[_Group]:
+    if round_to < 1 or isinstance(min_width, bool) or min_width < 0:
+        raise TargetError(f"round_to is {round_to} and min_width {min_width}; at least 1, and at least 0")
+    sets: dict[str, frozenset[str]] = {name: frozenset([name]) for name in scores}
+    for tie in graph.ties:
+        joined = frozenset().union(*(sets.get(name, frozenset([name])) for name in tie))
+        for name in joined:
+            sets[name] = joined
+    groups = []
+    for names in dict.fromkeys(sets.values()):
+        if not names <= scores.keys():
+            continue  # tied to an axis that must stay
+        axes = tuple(graph[name] for name in sorted(names))
+        order = tuple(np.argsort(scores[axis.name], kind="stable") for axis in axes)
+        ranked = np.sum([scores[axis.name][ranks] for axis, ranks in zip(axes, order, strict=True)], axis=0)
+        least = min_width if isinstance(min_width, int) else ceil(min_width * axes[0].size)
+        least = ceil(max(1, least) / round_to) * round_to
+        groups.append(_Group(axes, order, ranked, min(least, axes[0].size)))
+    return groups
+
+
+def _removals(groups: Sequence[_Group], scope: Scope) -> list[int]:
+    """Return group numbers, one for each position that goes, in the order in which they go."""
+    if scope == "uniform":
+        ranked = [
+            (rank / group.size, number)
+            for number, group in enumerate(groups)
+            for rank in range(1, group.size - group.least + 1)
+        ]
+    elif scope == "global":
+        # The ranks of a group go in order even where scores are equal or not numbers; sorting is stable.
+        ranked = [
+            (score, number)
+            for number, group in enumerate(groups)
+            for score in np.maximum.accumulate(group.scores)[: group.size - group.least].tolist()
+        ]
+    else:
+        raise TargetError(f"scope is {scope!r}; 'global' or 'uniform'")
+    return [number for _, number in sorted(ranked)]
+
+
+def _cut(groups: Sequence[_Group], removed: Sequence[int], round_to: int) -> list[int]:
+    """Return for each group how many ranks go; kept sizes that change are rounded down to a multiple."""
+    counts = np.bincount(np.asarray(removed, dtype=np.int64), minlength=len(groups))
+    gone = []
+    for group, count in zip(groups, counts.tolist(), strict=True):
+        kept = max(group.least, (group.size - count) // round_to * round_to) if count else group.size
+        gone.append(group.size - kept)
+    return gone
+
+
+def _count(graph: Graph, groups: Sequence[_Group], gone: Sequence[int]) -> tuple[int, int]:
+    """Return the MACs and parameters left when so many ranks of each group go."""
+    return graph.count(
+        {
+            axis.name: group.size - count
+            for group, count in zip(groups, gone, strict=True)
+            if count
+            for axis in group.axes
+        }
+    )
+
+
+def _refill(
+    graph: Graph, groups: Sequence[_Group], gone: list[int], limits: tuple[int, int], round_to: int
+) -> list[int]:
+    """Give back the most important positions that still fit, so that the budget is used up."""
+    # Giving back only gets dearer as others are given back: a group that did not fit once never will.
+    candidates = {number for number, count in enumerate(gone) if count}
+    while candidates:
+        best = max(candidates, key=lambda number: (groups[number].scores[gone[number] - 1], -number))
+        size = groups[best].size
+        larger = min(size, ((size - gone[best]) // round_to + 1) * round_to)
+        trial = [*gone]
+        trial[best] = size - larger
+        if _within(_count(graph, groups, trial), limits):
+            gone = trial
+        if gone is not trial or not gone[best]:
+            candidates.discard(best)
+    return gone
+
+
+def _within(found: tuple[int, int], limits: tuple[int, int]) -> bool:
+    return found[0] <= limits[0] and found[1] <= limits[1]
+
+
+def _unmet(graph: Graph, found: tuple[int, int], limits: tuple[int, int]) -> TargetError:
+    told = [
+        f"{name} {limit:,} asked for, {count:,} ({count / total:.1%} of {total:,}) is the least"
+        for name, limit, count, total in zip(
+            ("MACs", "parameters"), limits, found, (graph.macs, graph.params), strict=True
+        )
+        if count > limit
+    ]
+    return TargetError(
+        f"the budget cannot be met: {'; '.join(told)}. Allow more, lower min_width, or leave fewer layers out"
+    )

@@ -1,0 +1,110 @@
+"""Width pruning: cut channels, heads and hidden units out of a model, wherever they occur."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from slivo import edits
+from slivo.errors import SlivoError
+from slivo.graph import Axis, Graph, plan_attributes, plan_slices, trace
+from slivo.graph.inputs import ExampleInputs
+from slivo.prune import criteria
+from slivo.prune.budget import Budget, Scope, allocate
+from slivo.prune.importance import Loss, importance
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    keep: Budget,
+    criterion: str | criteria.Criterion = "l2",
+    scope: Scope = "global",
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_width: float | int = 0.1,
+    round_to: int = 1,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+) -> nn.Module:
+    """Return a smaller model: the least important channels, heads and units are cut out for good.
+
+    Args:
+        model: The trained model; it is left untouched.
+        example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        keep: What may stay, in MACs or parameters; hit within 1 % wherever single positions are that small.
+        criterion: Name of a criterion (`slivo.prune.criteria.names`) or one of your own.
+        scope: ``global`` (all positions compete) or ``uniform`` (the same share of every axis).
+        only: Globs over axis names and module paths; if given, only axes that a matching module writes are cut.
+        exclude: Globs over axis names and module paths; axes in which a matching module takes part are not cut.
+        min_width: Least size of an axis that is cut: a share, or a count (an int).
+        round_to: Sizes that change become multiples of this.
+        batches: For criteria of the gradient: what ``loss`` is called with.
+        loss: For criteria of the gradient: ``loss(model, batch)``, a scalar.
+
+    Returns:
+        A new model that carries the edit (`slivo.edits.record`), ready for `slivo.save` or for more training.
+
+    Raises:
+        CaptureError: If the model does not run on the inputs or cannot be captured.
+        TargetError: If the budget cannot be met.
+        SlivoError: If a glob matches nothing, or nothing may be cut.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> small = prune(net, torch.randn(2, 8), keep=Budget(macs=0.5))
+        >>> small[0].out_features, net[0].out_features
+        (16, 32)
+    """
+    graph = trace(model, example_inputs)
+    axes = select(graph, only=only, exclude=exclude)
+    scores = importance(model, graph, axes, criteria.resolve(criterion), batches=batches, loss=loss)
+    kept = allocate(graph, scores, keep, scope=scope, min_width=min_width, round_to=round_to)
+    edit = edits.Cut(
+        slices=plan_slices(graph, kept),
+        attributes=plan_attributes(model, graph, kept),
+        axes=kept,
+    )
+    return edits.apply(model, edit)
+
+
+def select(graph: Graph, *, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Axis]:
+    """Return the prunable axes that globs leave.
+
+    Args:
+        graph: The traced model.
+        only: Globs over axis names and module paths; none means all.
+        exclude: Globs over axis names and module paths.
+
+    Raises:
+        SlivoError: If a glob matches no axis and no module with weights, or no axis is left.
+    """
+    for glob in (*only, *exclude):
+        if not any(_matches(glob, _places(axis, readers=True)) for axis in graph.axes):
+            modules = sorted({name.rpartition(".")[0] for name in graph.parameters})
+            raise SlivoError(f"{glob!r} matches no axis and no module; there are {', '.join(modules[:8])} …")
+    left = [
+        axis
+        for axis in graph.prunable
+        if (not only or any(_matches(glob, _places(axis, readers=False)) for glob in only))
+        and not any(_matches(glob, _places(axis, readers=True)) for glob in exclude)
+    ]
+    if not left:
+        reasons = sorted({axis.fixed for axis in graph.axes if axis.fixed})
+        raise SlivoError(f"no axis of the model may be cut: {'; '.join(reasons[:3]) or 'it has no weights'}")
+    return left
+
+
+def _places(axis: Axis, *, readers: bool) -> set[str]:
+    """The axis's name and the paths of the modules that hold its members, with their parents."""
+    modules = {member.tensor.rpartition(".")[0] for member in axis.members if readers or not member.reads}
+    return {axis.name, *modules}
+
+
+def _matches(glob: str, places: Iterable[str]) -> bool:
+    return any(fnmatchcase(place, glob) or fnmatchcase(place, f"{glob}.*") for place in places)
