@@ -123,7 +123,7 @@ def load(path: str | os.PathLike[str], *, factory: Factory | None = None) -> nn.
     steps = edits.from_json(manifest["edits"])
     try:
         model = _skeleton(factory, manifest["args"])
-        edits.replay(model, steps)
+        model = edits.replay(model, steps)
     except ArtifactError:
         raise
     except Exception as error:

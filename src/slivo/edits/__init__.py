@@ -7,10 +7,11 @@ carries the edits that made it (`record`), so that saving needs nothing but the 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
-from torch import nn
+from torch import fx, nn
 
 from slivo.edits.cut import Cut
 from slivo.errors import ArtifactError
@@ -35,8 +36,11 @@ class Edit(Protocol):
         """Rebuild the edit from what `to_json` returned."""
         ...
 
-    def apply_(self, model: nn.Module) -> None:
-        """Change the model in place; works on the meta device too, where only shapes matter."""
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Change the model in place and return it, or the module that takes its place.
+
+        Works on the meta device too, where only shapes matter.
+        """
         ...
 
 
@@ -45,7 +49,8 @@ _KINDS: dict[str, type[Edit]] = {edit.kind: edit for edit in (Cut,)}
 
 def record(model: nn.Module) -> tuple[Edit, ...]:
     """Return the edits that a model carries, oldest first; empty for a model that slivo has not changed."""
-    found: tuple[Edit, ...] = getattr(model, _RECORD, ())
+    held = model.meta if isinstance(model, fx.GraphModule) else vars(model)
+    found: tuple[Edit, ...] = held.get(_RECORD, ())
     return found
 
 
@@ -69,16 +74,21 @@ def apply(model: nn.Module, edit: Edit) -> nn.Module:
         >>> record(small) == (cut,)
         True
     """
-    new = copy.deepcopy(model)
-    replay(new, (edit,))
-    return new
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # copies of captured graphs warn of PyTorch's own code
+        new = copy.deepcopy(model)
+    return replay(new, (edit,))
 
 
 def replay(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
-    """Apply edits to the model itself, in order, and add them to its record; returns the same model."""
+    """Apply edits to the model itself, in order, and add them to its record; returns it, or what took its place."""
     for edit in edits:
-        edit.apply_(model)
-        object.__setattr__(model, _RECORD, (*record(model), edit))
+        carried = (*record(model), edit)
+        model = edit.apply_(model)
+        if isinstance(model, fx.GraphModule):
+            model.meta[_RECORD] = carried  # all that its copies keep
+        else:
+            object.__setattr__(model, _RECORD, carried)
     return model
 
 

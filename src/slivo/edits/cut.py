@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import nn
 
+from slivo.graph.capture import capture
+from slivo.graph.inputs import Call
+from slivo.graph.program import Program, Rewrite, build, imitate_inputs
 from slivo.graph.surgery import Attributes, Slices, perform_
 
 
@@ -20,6 +24,8 @@ class Cut:
         attributes: For each module (qualified name, "" for the model itself) the attributes to set.
         axes: For each axis that was cut (its name) the positions that stayed; kept for people, reports and
             later plans, not needed to replay.
+        program: How to make the captured graph that takes the model's place, where the model's own code cannot be
+            cut; None where it can.
 
     Example:
         >>> Cut.from_json(Cut(slices={"w": {0: [0, 1, 2, 5]}}).to_json()).slices
@@ -31,6 +37,7 @@ class Cut:
     slices: Slices
     attributes: Attributes = field(default_factory=dict)
     axes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    program: Program | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data; index lists are stored once each and runs of indices as [start, stop) pairs."""
@@ -46,6 +53,7 @@ class Cut:
             "slices": slices,
             "attributes": {module: dict(values) for module, values in self.attributes.items()},
             "axes": axes,
+            "program": None if self.program is None else asdict(self.program),
         }
 
     @classmethod
@@ -56,11 +64,24 @@ class Cut:
             slices={name: {int(dim): lists[n] for dim, n in dims.items()} for name, dims in data["slices"].items()},
             attributes={module: dict(values) for module, values in data["attributes"].items()},
             axes={name: lists[n] for name, n in data["axes"].items()},
+            program=_program(data.get("program")),
         )
 
-    def apply_(self, model: nn.Module) -> None:
-        """Cut the model in place."""
-        perform_(model, self.slices, self.attributes)
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Cut the model in place; with a program, return that."""
+        if self.program is None:
+            perform_(model, self.slices, self.attributes)
+            return model
+        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+        args, kwargs = imitate_inputs(self.program.inputs, device)
+        return build(capture(model, Call(args, kwargs)), self.slices, self.program.rewrites)
+
+
+def _program(data: Mapping[str, Any] | None) -> Program | None:
+    if data is None:
+        return None
+    rewrites = (Rewrite(**{**each, "path": tuple(each["path"])}) for each in data["rewrites"])
+    return Program(data["inputs"], tuple(rewrites))
 
 
 def _runs(indices: Sequence[int]) -> list[list[int]]:

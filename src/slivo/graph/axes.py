@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from slivo.errors import ShapeError
 from slivo.graph import rules
 from slivo.graph.capture import capture
-from slivo.graph.dims import Var, leaves, positions, size_after
+from slivo.graph.dims import Term, Var, head, leaves, positions, size_after
 from slivo.graph.infer import Inference
 from slivo.graph.inputs import ExampleInputs, as_args
 
@@ -169,6 +169,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     inference.run()
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in inference.tensors}
     inference.parameters = tuple(parameters)
+    inference.ties.extend(_shared_attributes(model, inference))
     members = _members(inference)
     names = _names(members, inference)
     batch = _batch(example_inputs)
@@ -252,6 +253,25 @@ def _ties(inference: Inference, known: Mapping[Var, str]) -> tuple[frozenset[str
                 for leaf in part:
                     leaf.fixed = "stays of equal size with a dimension of another structure"
     return tuple(ties)
+
+
+def _shared_attributes(model: nn.Module, inference: Inference) -> list[tuple[Term, ...]]:
+    """Find dimensions whose sizes the code takes from one attribute, such as ``head_dim`` of queries and of values.
+
+    They are cut alike, so that the attribute can say their size. Where a module has two attributes of that value, which
+    one is meant is not known, and the dimensions go their own ways.
+    """
+    found: dict[tuple[str, int], dict[Var, None]] = {}
+    for literal in inference.literals:
+        term = head(literal.term)
+        if isinstance(term, Var) and term.fixed is None:
+            found.setdefault((literal.module, term.size), {})[term] = None
+    ties: list[tuple[Term, ...]] = []
+    for (module, size), terms in found.items():
+        held = sum(type(value) is int and value == size for value in vars(model.get_submodule(module)).values())
+        if len(terms) > 1 and held == 1:
+            ties.append(tuple(terms))
+    return ties
 
 
 def _batch(example_inputs: ExampleInputs) -> int:

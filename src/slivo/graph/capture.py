@@ -19,14 +19,14 @@ class Capture:
     """An ATen graph of a model.
 
     Args:
-        graph: The graph module; its placeholders are parameters, buffers, constants and inputs, in that order.
-        tensors: For each placeholder that is a parameter or buffer, the model's name of it. A tensor that has
-            several names (tied weights) has one here, the first that the model lists.
+        graph: The graph module. It shares the model's tensors under their names, is called as the model is, and
+            gives out what the model gives out.
+        tensors: For each node that fetches a parameter or buffer, the model's name of it. A tensor that has several
+            names (tied weights) has one here, the first that the model lists.
     """
 
     graph: fx.GraphModule
     tensors: dict[str, str]
-    inputs: frozenset[str]
 
 
 def capture(model: nn.Module, example_inputs: ExampleInputs) -> Capture:
@@ -46,14 +46,12 @@ def capture(model: nn.Module, example_inputs: ExampleInputs) -> Capture:
             program = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:
             raise _explain(model, args, kwargs, error) from error
-    signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        module = program.module(check_guards=False)
+    # Made anew, because an exported module refuses to be put into training or evaluation mode.
+    graph = fx.GraphModule(module, module.graph, type(model).__name__)
     first = canonical_names(model)
-    return Capture(
-        graph=program.graph_module,
-        tensors={node: first.get(name, name) for node, name in names.items()},
-        inputs=frozenset(name for name in signature.user_inputs if isinstance(name, str)),
-    )
+    fetched = {node.name: str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    return Capture(graph, {node: first[name] for node, name in fetched.items() if name in first})
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

@@ -154,7 +154,9 @@ class Inference:
         for node in self.capture.graph.graph.nodes:
             self.node = node
             if node.op == "placeholder":
-                self.dims[node] = self._placeholder(node)
+                self.dims[node] = self._given(node, "an input of the network")
+            elif node.op == "get_attr":
+                self.dims[node] = self._fetched(node)
             elif node.op == "output":
                 for dims in _tensors([self.dims[argument] for argument in node.all_input_nodes]):
                     for term in dims:
@@ -180,16 +182,16 @@ class Inference:
         self.node = outer
         return result
 
-    def _placeholder(self, node: fx.Node) -> Any:
-        shapes = _shapes(node.meta.get("val"))
-        if len(shapes) != 1 or shapes[0] is None:
-            return [self._sized(shape, "an input of the network") for shape in shapes]
+    def _given(self, node: fx.Node, reason: str) -> Any:
+        dims = [self._sized(shape, reason) for shape in _shapes(node.meta.get("val"))]
+        return dims[0] if isinstance(node.meta.get("val"), Tensor) else dims
+
+    def _fetched(self, node: fx.Node) -> Any:
         name = self.capture.tensors.get(node.name)
         if name is None:
-            kind = "an input of the network" if node.name in self.capture.inputs else "a constant of the network"
-            return self._sized(shapes[0], kind)
+            return self._given(node, "a constant of the network")
         if name not in self.tensors:
-            self.tensors[name] = tuple(var(size) for size in shapes[0])
+            self.tensors[name] = tuple(var(int(size)) for size in node.meta["val"].shape)
         return self.tensors[name]
 
     def _sized(self, shape: tuple[int, ...] | None, reason: str) -> Dims | None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from slivo import edits
 from slivo.errors import SlivoError
-from slivo.graph import Axis, Graph, plan_attributes, plan_slices, trace
+from slivo.graph import Axis, Graph, plan_slices, settle, trace
 from slivo.graph.inputs import ExampleInputs
 from slivo.prune import criteria
 from slivo.prune.budget import Budget, Scope, allocate
@@ -65,12 +65,8 @@ def prune(
     axes = select(graph, only=only, exclude=exclude)
     scores = importance(model, graph, axes, criteria.resolve(criterion), batches=batches, loss=loss)
     kept = allocate(graph, scores, keep, scope=scope, min_width=min_width, round_to=round_to)
-    edit = edits.Cut(
-        slices=plan_slices(graph, kept),
-        attributes=plan_attributes(model, graph, kept),
-        axes=kept,
-    )
-    return edits.apply(model, edit)
+    attributes, program = settle(model, graph, example_inputs, kept)
+    return edits.apply(model, edits.Cut(plan_slices(graph, kept), attributes, kept, program))
 
 
 def select(graph: Graph, *, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Axis]:
