@@ -237,6 +237,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: Mapping[str, str],
                 f"{list(old.shape)}"
             )
         if source not in new:
+            # A copy, because tensors mapped from a file are not aligned as PyTorch's are, and matrix products round
+            # differently there: outputs would not be bit-identical.
+            value = value.clone()
             new[source] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         owner, _, attribute = name.rpartition(".")
         kind = "_parameters" if isinstance(old, nn.Parameter) else "_buffers"

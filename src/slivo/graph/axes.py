@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from slivo.errors import ShapeError
 from slivo.graph import rules
 from slivo.graph.capture import capture
-from slivo.graph.dims import Term, Var, head, leaves, positions, size_after
+from slivo.graph.dims import Sum, Term, Var, fix, head, leaves, positions, size_after
 from slivo.graph.infer import Inference
 from slivo.graph.inputs import ExampleInputs, as_args
 
@@ -170,6 +173,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in inference.tensors}
     inference.parameters = tuple(parameters)
     inference.ties.extend(_shared_attributes(model, inference))
+    ties = _ties(inference)
     members = _members(inference)
     names = _names(members, inference)
     batch = _batch(example_inputs)
@@ -185,10 +189,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
         for axis, where in members.items()
     )
     variables = {names[axis]: axis for axis in members}
-    known = {axis: name for name, axis in variables.items()}
     return Graph(
         axes=axes,
-        ties=_ties(inference, known),
+        ties=tuple(frozenset(names[axis] for axis in tie if axis in names) for tie in ties),
         macs=sum(cost.constant * prod(term.size for term in cost.terms) for cost in inference.costs) // batch,
         params=sum(parameter.numel() for parameter in model.parameters()),
         unknown_ops=dict(inference.unknown),
@@ -239,20 +242,23 @@ def _unique(where: Iterable[Member]) -> Iterable[Member]:
     return best.values()
 
 
-def _ties(inference: Inference, known: Mapping[Var, str]) -> tuple[frozenset[str], ...]:
+def _ties(inference: Inference) -> list[frozenset[Var]]:
     """Turn dimensions of equal size into sets of axes of equal size; what cannot be said so is fixed."""
-    ties: list[frozenset[str]] = []
+    ties: list[frozenset[Var]] = []
     for terms in inference.ties:
-        parts = [[leaf for leaf in leaves(term) if leaf.fixed is None] for term in terms]
-        if all(part == parts[0] for part in parts):
+        factors = [Counter(leaves(term)) for term in terms]
+        common = functools.reduce(operator.and_, factors)
+        rest = [[leaf for leaf in (each - common).elements() if leaf.fixed is None] for each in factors]
+        if not any(rest):
             continue
-        if all(len(part) == 1 for part in parts):
-            ties.append(frozenset(known[part[0]] for part in parts if part[0] in known))
+        # What a product has in common with another cancels; of a sum nothing does.
+        plain = not common or all(not isinstance(head(term), Sum) for term in terms)
+        if plain and all(len(each) == 1 for each in rest) and len({each[0].size for each in rest}) == 1:
+            ties.append(frozenset(each[0] for each in rest))
         else:
-            for part in parts:
-                for leaf in part:
-                    leaf.fixed = "stays of equal size with a dimension of another structure"
-    return tuple(ties)
+            for term in terms:
+                fix(term, "stays of equal size with a dimension of another structure")
+    return ties
 
 
 def _shared_attributes(model: nn.Module, inference: Inference) -> list[tuple[Term, ...]]:

@@ -1,0 +1,286 @@
+"""Small networks for the oracles, one row each: what makes it, and inputs for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {}
+
+
+def row(*shape: int, inputs: Callable[[], Any] | None = None):
+    """Enter a model class into the zoo, with random inputs of a shape or a function that makes them."""
+
+    def enter(make):
+        ZOO[make.__name__] = (make, inputs or (lambda: torch.randn(*shape)))
+        return make
+
+    return enter
+
+
+def build(name: str) -> tuple[nn.Module, Any]:
+    """Return a model of the zoo with random weights, batch statistics included, and inputs, all in float64."""
+    torch.manual_seed(0)
+    make, inputs = ZOO[name]
+    model = make().double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 0.5)  # biases of zero would hide a wrong slice
+    return model, double(inputs())
+
+
+def double(inputs: Any) -> Any:
+    """Return inputs with their floating-point tensors in float64."""
+    if isinstance(inputs, Tensor):
+        return inputs.double() if inputs.is_floating_point() else inputs
+    if isinstance(inputs, dict):
+        return {key: double(value) for key, value in inputs.items()}
+    return tuple(map(double, inputs)) if isinstance(inputs, tuple | list) else inputs
+
+
+@row(3, 6)
+class Mlp(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8, bias=False), nn.Tanh(), nn.Linear(8, 3))
+
+
+@row(2, 3, 8, 8)
+class PlainCnn(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 12, 3, bias=False),
+            nn.ReLU6(),
+            nn.Flatten(),
+            nn.Linear(48, 5),
+        )
+
+
+class Block(nn.Module):
+    def __init__(self, before: int, after: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(after)
+        self.skip = nn.Conv2d(before, after, 1, stride) if before != after else nn.Identity()
+
+    def forward(self, x):
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.skip(x))
+
+
+@row(2, 3, 8, 8)
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.layers = nn.Sequential(Block(8, 8), Block(8, 12, 2), Block(12, 12))
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.head(self.layers(self.stem(x)).mean((2, 3)))
+
+
+@row(2, 3, 8, 8)
+class PaddedShortcut(nn.Module):
+    """The classic CIFAR shortcut: subsampling, and zeros for the channels that come new."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.conv = nn.Conv2d(6, 12, 3, 2, 1)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = F.relu(self.conv(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 3, 3)))
+        return self.head(x.mean((2, 3)))
+
+
+@row(2, 3, 8, 8)
+class Mobile(nn.Module):
+    """Inverted residual with a depthwise convolution and squeeze-and-excitation."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.expand = nn.Conv2d(8, 16, 1)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.norm = nn.GroupNorm(4, 16)
+        self.squeeze = nn.Conv2d(16, 4, 1)
+        self.excite = nn.Conv2d(4, 16, 1)
+        self.project = nn.Conv2d(16, 8, 1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = F.hardswish(self.norm(self.depthwise(F.silu(self.expand(x)))))
+        y = y * torch.sigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))))
+        return self.head(F.adaptive_avg_pool2d(x + self.project(y), 1).flatten(1))
+
+
+@row(2, 3, 8, 8)
+class Shuffle(nn.Module):
+    """Channel split, grouped convolution, concatenation and channel shuffle."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.grouped = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.last = nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        left, right = self.stem(x).chunk(2, dim=1)
+        x = torch.cat([left, F.relu(self.grouped(right))], dim=1)
+        batch, channels, height, width = x.shape
+        x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
+        return self.head(F.relu(self.last(x)).mean((2, 3)))
+
+
+@row(2, 3, 8, 8)
+class Dense(nn.Module):
+    """Dense concatenation."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(6 + 4 * i, 4, 3, padding=1) for i in range(3))
+        self.norm = nn.BatchNorm2d(18)
+        self.head = nn.Linear(18, 3)
+
+    def forward(self, x):
+        features = [self.stem(x)]
+        for conv in self.convs:
+            features.append(F.relu(conv(torch.cat(features, 1))))
+        return self.head(self.norm(torch.cat(features, 1)).mean((2, 3)))
+
+
+@row(2, 3, 8, 8)
+class UNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.down2 = nn.Conv2d(6, 10, 3, padding=1)
+        self.up = nn.ConvTranspose2d(10, 6, 2, stride=2)
+        self.out = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        one = F.relu(self.down1(x))
+        two = F.relu(self.down2(F.max_pool2d(one, 2)))
+        return self.out(torch.cat([one, self.up(two)], 1))
+
+
+@row(2, 3, 6, 6)
+class SuperResolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 12, 3, padding=1)
+        self.last = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.last(F.prelu(F.pixel_shuffle(self.second(F.relu(self.first(x))), 2), torch.tensor([0.2]).double()))
+
+
+@row(2, 4, 12)
+class Conv1d(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv1d(4, 8, 3), nn.GELU(), nn.Conv1d(8, 16, 3), nn.GLU(dim=1), nn.AdaptiveAvgPool1d(2), nn.Flatten(),
+            nn.Linear(16, 3),
+        )  # fmt: skip
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.heads = heads
+        self.head_dim = width // heads
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        return self.out(x.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim))
+
+
+@row(inputs=lambda: torch.randint(11, (2, 5)))
+class Transformer(nn.Module):
+    """Pre-norm blocks, learned positions, embedding tied with the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 12)
+        self.position = nn.Parameter(torch.randn(1, 5, 12))
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(12), nn.LayerNorm(12), nn.LayerNorm(12)
+        self.attention = Attention(12, 3)
+        self.mlp = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))
+        self.head = nn.Linear(12, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens) + self.position[:, : tokens.shape[1]]
+        x = x + self.attention(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
+        return self.head(self.norm3(x))
+
+
+@row(2, 5, 8)
+class TorchEncoder(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(8, 12), nn.TransformerEncoderLayer(12, 3, 16, batch_first=True), nn.Linear(12, 4))
+
+
+@row(inputs=lambda: {"users": torch.randint(7, (4,)), "items": torch.randint(9, (4,)), "dense": torch.randn(4, 3)})
+class Recommender(nn.Module):
+    """Keyword inputs, a dictionary as output, bare parameters and a matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.users, self.items = nn.Embedding(7, 6), nn.Embedding(9, 6)
+        self.weight = nn.Parameter(torch.randn(3, 6))
+        self.bias = nn.Parameter(torch.randn(6))
+        self.mlp = nn.Sequential(nn.Linear(18, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, *, users, items, dense):
+        u, i, d = self.users(users), self.items(items), dense @ self.weight + self.bias
+        return {"score": (u * i * d).sum(-1), "deep": self.mlp(torch.cat([u, i, d], dim=-1)).squeeze(-1)}
+
+
+@row(2, 3, 4, 4)
+class HardCoded(nn.Module):
+    """A number in forward that no attribute holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.head = nn.Linear(6 * 16, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.conv(x)).view(x.size(0), 6 * 16))
+
+
+@row(2, 6)
+class SharedTwice(nn.Module):
+    """One module called twice, so what it reads and what it writes are one axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.again(torch.relu(self.again(torch.relu(self.first(x)))))))
