@@ -188,10 +188,10 @@ class Inference:
 
     def _fetched(self, node: fx.Node) -> Any:
         name = self.capture.tensors.get(node.name)
-        if name is None:
-            return self._given(node, "a constant of the network")
+        if name is None or not node.users:
+            return self._given(node, "a constant of the network")  # or a weight that nothing uses: it has no axis
         if name not in self.tensors:
-            self.tensors[name] = tuple(var(int(size)) for size in node.meta["val"].shape)
+            self.tensors[name] = tuple(var(size) for size in node.meta["val"].shape)
         return self.tensors[name]
 
     def _sized(self, shape: tuple[int, ...] | None, reason: str) -> Dims | None:
@@ -281,10 +281,15 @@ def module_of(node: fx.Node) -> str:
 
 def _shapes(value: Any) -> list[tuple[int, ...] | None]:
     if isinstance(value, Tensor):
-        return [tuple(int(size) for size in value.shape)]
+        return [tuple(map(_size, value.shape))]
     if isinstance(value, list | tuple):
-        return [tuple(int(s) for s in each.shape) if isinstance(each, Tensor) else None for each in value]
+        return [tuple(map(_size, each.shape)) if isinstance(each, Tensor) else None for each in value]
     return [None]
+
+
+def _size(size: int | torch.SymInt) -> int:
+    """Return a size as a number; 0 for one that depends on values, which no rule is applied to."""
+    return size if isinstance(size, int) else 0
 
 
 def _tensors(dims: Any) -> Iterator[Dims]:

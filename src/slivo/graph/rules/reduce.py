@@ -93,15 +93,27 @@ def running(t: Inference, x: Any, dim: Any = 0, *args: Any, **kwargs: Any) -> Di
     return t.of(x)
 
 
-@rule(aten.topk, aten.sort, aten.kthvalue)
-def ranking(t: Inference, x: Any, *args: Any, **kwargs: Any) -> list[Dims | None]:
+@rule(aten.topk, aten.kthvalue)
+def ranking(t: Inference, x: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> list[Dims | None]:
     """Positions are given out as indices, so they are fixed; the ranks are a new dimension."""
-    source, shape = t.of(x), t.outputs()[0] or ()
-    default = args[1] if t.node.target is aten.topk.default and len(args) > 1 else -1
-    dim = kwargs.get("dim", default) if len(source) else 0
+    return _ranked(t, t.of(x), dim)
+
+
+@rule(aten.sort)
+def sort(t: Inference, x: Any, *args: Any, dim: int | None = None, **kwargs: Any) -> list[Dims | None]:
+    """As topk; the dimension comes first, or after ``stable`` in the overload that has it."""
+    numbers = [each for each in args if not isinstance(each, bool) and each is not None]
+    return _ranked(t, t.of(x), numbers[0] if dim is None and numbers else -1 if dim is None else dim)
+
+
+def _ranked(t: Inference, source: Dims, dim: int) -> list[Dims | None]:
+    shape = t.outputs()[0] or ()
+    if not source:
+        return [(), ()]
     at = dim % len(source)
     t.fix([source[at]], "positions are given out as indices")
-    out = (*source[:at], *t.fresh([shape[at]], "ranks"), *source[at + 1 :])
+    ranks = t.fresh(shape[at : at + 1], "ranks") if len(shape) == len(source) else ()
+    out = (*source[:at], *ranks, *source[at + 1 :])
     return [out, out]
 
 

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import slivo
+from slivo.errors import CaptureError
+from slivo.graph.capture import canonical_names, capture, describe, evaluating
+from slivo.graph.inputs import Call, as_args
+
+
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x, *, scale=None, flag=True):
+        x = self.linear(x)
+        return {"out": x * scale if scale is not None and flag else x}
+
+
+def test_the_graph_is_called_as_the_model_is():
+    model = Keywords()
+    call = Call((torch.randn(2, 3),), {"scale": torch.ones(2, 1), "flag": True})
+    graph = capture(model, call).graph
+    assert torch.equal(graph(*call.args, **call.kwargs)["out"], model(*call.args, **call.kwargs)["out"])
+
+
+def test_modes_and_gradients_are_as_before():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout()).train()
+    model[1].eval()
+    capture(model, torch.randn(2, 3))
+    assert model.training
+    assert model[0].training
+    assert not model[1].training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_modes_come_back_after_an_error():
+    model = nn.Linear(3, 3).train()
+    with pytest.raises(RuntimeError), evaluating(model):
+        raise RuntimeError
+    assert model.training
+
+
+def test_inputs_that_the_model_rejects_are_named():
+    with pytest.raises(CaptureError, match=r"Linear fails on the example inputs \(float32\[2, 4\]\).*shapes"):
+        slivo.trace(nn.Linear(3, 3), torch.randn(2, 4))
+
+
+def test_what_only_the_capture_rejects_is_told_apart():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(CaptureError, match="cannot be captured as a graph"):
+        slivo.trace(Branch(), torch.randn(2, 4))
+
+
+def test_tied_weights_have_one_name():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    assert canonical_names(model)["1.weight"] == "0.weight"
+
+
+def test_as_args_takes_calls_and_lists():
+    assert as_args(Call((1,), {"x": 2})) == ((1,), {"x": 2})
+    assert as_args([1, 2]) == ((1, 2), {})
+
+
+def test_describe():
+    assert describe((torch.zeros(1, 2), 3), {"flag": True}) == "float32[1, 2], int, flag=bool"

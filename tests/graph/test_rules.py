@@ -1,0 +1,228 @@
+"""Every operator that has a rule: the axes that pass through it are right (they permute), and are found at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles.permutation import error, outputs, permuted
+from torch import nn
+from torch.nn import functional as F
+
+import slivo
+
+
+class Around(nn.Module):
+    """An operator between two linears (or convolutions), so that its dimensions are axes with members."""
+
+    def __init__(self, function, width: int = 12, out: int | None = None, image: bool = False):
+        super().__init__()
+        self.image = image
+        self.before = nn.Conv2d(3, width, 1) if image else nn.Linear(3, width)
+        self.other = nn.Parameter(torch.randn(width))
+        self.after = nn.Linear(out or width, 2)
+        self.function = function
+
+    def forward(self, x):
+        x = self.function(self, self.before(x))
+        if self.image:
+            x = x.flatten(2).mean(-1)
+        return self.after(x)
+
+
+# name: function, number of prunable axes that must be found, options
+LINES = {
+    "view": (lambda s, x: x.view(2, 5, 3, 4).reshape(2, 5, 12), 2, {}),
+    "view_infer": (lambda s, x: x.view(2, 5, -1, 4).flatten(2), 2, {}),
+    "unflatten": (lambda s, x: x.unflatten(-1, (3, 4)).flatten(-2), 2, {}),
+    "view_as": (lambda s, x: x.view(2, 5, 3, 4).view_as(x), 2, {}),
+    "permute": (lambda s, x: x.permute(2, 0, 1).permute(1, 2, 0), 1, {}),
+    "transpose": (lambda s, x: x.transpose(1, 2).mT, 1, {}),
+    "movedim": (lambda s, x: x.movedim(-1, 0).movedim((0, 1), (2, 0)), 1, {}),
+    "squeeze": (lambda s, x: x.unsqueeze(1).squeeze(1).unsqueeze(0).squeeze(), 1, {}),
+    "expand": (lambda s, x: x + s.other.expand(2, 5, -1), 1, {}),
+    "expand_as": (lambda s, x: x * s.other[None, None].expand_as(x), 1, {}),
+    "repeat": (lambda s, x: x.repeat(1, 1, 2), 2, {"out": 24}),
+    "repeat_interleave": (lambda s, x: x.repeat_interleave(2, dim=-1), 2, {"out": 24}),
+    "cat": (lambda s, x: torch.cat([x, x.relu()], -1), 1, {"out": 24}),
+    "stack": (lambda s, x: torch.stack([x, x.tanh()], 0).sum(0), 1, {}),
+    "split": (lambda s, x: x.split([4, 8], -1)[1], 2, {"out": 8}),
+    "split_size": (lambda s, x: sum(x.split(4, -1)), 1, {"out": 4}),
+    "chunk": (lambda s, x: x.chunk(2, -1)[0] * x.chunk(2, -1)[1].sigmoid(), 1, {"out": 6}),
+    "unbind": (lambda s, x: x.view(2, 5, 3, 4).unbind(2)[0], 1, {"out": 4}),
+    "slice": (lambda s, x: x[..., 3:9], 3, {"out": 6}),
+    "slice_step": (lambda s, x: x[..., ::2] + x[..., 1::2], 1, {"out": 6}),
+    "narrow": (lambda s, x: x.narrow(-1, 0, 6), 0, {"out": 6}),
+    "select": (lambda s, x: x[:, 0], 1, {}),
+    "index": (lambda s, x: x[:, torch.tensor([0, 1])], 1, {}),
+    "index_columns": (lambda s, x: x[..., torch.tensor([0, 1])], 0, {"out": 2}),
+    "index_mask": (lambda s, x: x[:, torch.tensor([True, False, True, False, True])], 0, {}),
+    "index_select": (lambda s, x: x.index_select(1, torch.tensor([1, 0])), 1, {}),
+    "gather": (lambda s, x: x.gather(1, torch.zeros(2, 1, 12, dtype=torch.long)), 1, {}),
+    "scatter": (lambda s, x: torch.zeros_like(x).scatter(1, torch.zeros(2, 5, 12, dtype=torch.long), x), 0, {}),
+    "index_put": (lambda s, x: x.index_put((torch.tensor([0]),), torch.tensor(1.0, dtype=x.dtype)), 1, {}),
+    "slice_scatter": (lambda s, x: x.slice_scatter(x[:, :2].relu(), 1, 0, 2), 1, {}),
+    "select_scatter": (lambda s, x: x.select_scatter(x[:, 0].relu(), 1, 0), 1, {}),
+    "pad": (lambda s, x: F.pad(x, (2, 1)), 1, {"out": 15}),
+    "pad_rows": (lambda s, x: F.pad(x, (0, 0, 1, 1), mode="reflect"), 1, {}),
+    "roll": (lambda s, x: x.roll(1, 1) + x.roll(2, -1), 0, {}),
+    "flip": (lambda s, x: x.flip(1), 1, {}),
+    "cumsum": (lambda s, x: x.cumsum(1), 1, {}),
+    "softmax": (lambda s, x: x.softmax(-1) + x.log_softmax(-1), 1, {}),
+    "mean": (lambda s, x: x - x.mean(-1, keepdim=True) + x.sum((0, 1)), 1, {}),
+    "var": (lambda s, x: x / (x.var(-1, keepdim=True) + 1) + x.std(-1, keepdim=True), 1, {}),
+    "var_mean": (lambda s, x: x * torch.var_mean(x, -1, keepdim=True)[0], 1, {}),
+    "var_of_all": (lambda s, x: x * x.var() + x.std(dim=1, keepdim=True), 1, {}),
+    "norm": (lambda s, x: F.normalize(x, dim=-1) * x.norm(), 1, {}),
+    "max": (lambda s, x: x + x.max(1, keepdim=True)[0] + x.max() + torch.maximum(x, x.tanh()), 1, {}),
+    "amax": (lambda s, x: x - x.amax(-1, keepdim=True), 1, {}),
+    "argmax": (lambda s, x: x * x.argmax(1, keepdim=True), 1, {}),
+    "topk": (lambda s, x: x.topk(2, dim=1)[0], 1, {}),
+    "topk_last": (lambda s, x: x.topk(4)[0], 0, {"out": 4}),
+    "sort": (lambda s, x: x.sort(dim=1)[0], 1, {}),
+    "glu": (lambda s, x: F.glu(x), 1, {"out": 6}),
+    "prelu": (lambda s, x: F.prelu(x.transpose(1, 2), s.other).transpose(1, 2), 1, {}),
+    "layer_norm": (lambda s, x: F.layer_norm(x, (12,), s.other, s.other), 1, {}),
+    "rms_norm": (lambda s, x: F.rms_norm(x, (12,), s.other), 1, {}),
+    "matmul": (lambda s, x: (x @ x.transpose(1, 2)) @ x, 1, {}),
+    "bmm": (lambda s, x: torch.bmm(x.transpose(1, 2), x), 0, {}),
+    "vector": (lambda s, x: torch.mv(x[0], s.other)[:, None] * x[0] + torch.dot(s.other, s.other), 1, {}),
+    "addmm": (lambda s, x: torch.addmm(s.other, x[0], x[0].t() @ x[0]), 1, {}),
+    "baddbmm": (lambda s, x: torch.baddbmm(x, x, x.transpose(1, 2) @ x), 1, {}),
+    "einsum": (lambda s, x: torch.einsum("bnc,bmc->bnm", x, x) @ torch.einsum("...c,c->...c", x, s.other), 1, {}),
+    "einsum_implicit": (lambda s, x: torch.einsum("bnc,c", x, s.other)[..., None] * x, 1, {}),
+    "cosine_similarity": (lambda s, x: F.cosine_similarity(x, x.relu(), dim=-1)[..., None] * x, 1, {}),
+    "attention": (
+        lambda s, x: (
+            F.scaled_dot_product_attention(*[x.view(2, 5, 3, 4).transpose(1, 2)] * 3).transpose(1, 2).flatten(2)
+        ),
+        2,
+        {},
+    ),
+    "grouped_attention": (
+        lambda s, x: (
+            F.scaled_dot_product_attention(
+                x.view(2, 5, 3, 4).transpose(1, 2), *[x.view(2, 5, 3, 4)[:, :, :1].transpose(1, 2)] * 2, enable_gqa=True
+            )
+            .transpose(1, 2)
+            .flatten(2)
+        ),
+        2,
+        {},
+    ),
+    "masked_attention": (
+        lambda s, x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(5, 5).tril().bool()),
+        1,
+        {},
+    ),
+    "masked_fill": (lambda s, x: x.masked_fill(torch.ones(5, 1).bool().tril(-1), 0.0), 1, {}),
+    "where": (lambda s, x: torch.where(x > 0, x, s.other), 1, {}),
+    "filled": (lambda s, x: x + torch.zeros(5, 12) + x.new_ones(12) + torch.full((12,), 2.0), 1, {}),
+    "arange": (lambda s, x: x + torch.arange(12), 0, {}),
+    "triu": (lambda s, x: x.triu(), 0, {}),
+    "no_grad": (lambda s, x: x + no_grad(x), 1, {}),
+    "autocast": (lambda s, x: x + autocast(x), 1, {}),
+    "in_place": (lambda s, x: x.clone().add_(s.other).relu_().mul_(2), 1, {}),
+    "unknown": (lambda s, x: torch.linalg.matrix_exp(x[:, :4, :4]).sum() + x, 1, {}),
+}
+
+
+@torch.no_grad()
+def no_grad(x):
+    return x.sigmoid()
+
+
+def autocast(x):
+    with torch.autocast("cpu", enabled=False):
+        return x.sigmoid()
+
+
+IMAGES = {
+    "pool": (lambda s, x: F.max_pool2d(F.avg_pool2d(x, 2), 2), 1, {}),
+    "adaptive": (lambda s, x: F.adaptive_avg_pool2d(x, 2) + F.adaptive_max_pool2d(x, 2), 1, {}),
+    "interpolate": (lambda s, x: F.interpolate(x, scale_factor=2) + F.interpolate(x, size=16, mode="bilinear"), 1, {}),
+    "pixel_shuffle": (lambda s, x: F.pixel_shuffle(x, 2), 1, {"out": 3}),
+    "pixel_unshuffle": (lambda s, x: F.pixel_unshuffle(x, 2), 1, {"out": 48}),
+    "channel_shuffle": (lambda s, x: F.channel_shuffle(x, 3), 2, {}),
+    "batch_norm": (lambda s, x: F.batch_norm(x, s.other, s.other.exp(), s.other, s.other), 1, {}),
+    "instance_norm": (lambda s, x: F.instance_norm(x, weight=s.other), 1, {}),
+    "group_norm": (lambda s, x: F.group_norm(x, 3, s.other), 2, {}),
+    "grid_sample": (lambda s, x: F.grid_sample(x, torch.zeros(2, 4, 4, 2).double(), align_corners=False), 1, {}),
+    "channel_pad": (lambda s, x: F.pad(x, (0, 0, 0, 0, 1, 2)), 1, {"out": 15}),
+    "channels_last": (lambda s, x: F.layer_norm(x.permute(0, 2, 3, 1), (12,)).permute(0, 3, 1, 2), 1, {}),
+}
+
+
+def check(model: nn.Module, x: torch.Tensor, wanted: int) -> slivo.trace:
+    model = model.double().eval()
+    graph, expected = slivo.trace(model, x), outputs(model, x)
+    assert len(graph.prunable) == wanted, [(axis.name, axis.size, axis.fixed) for axis in graph.axes]
+    for axis in graph.prunable:
+        assert error(outputs(permuted(model, axis), x), expected) < 1e-12, axis.name
+    return graph
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_operators_on_rows(name):
+    function, wanted, options = LINES[name]
+    torch.manual_seed(0)
+    graph = check(Around(function, **options), torch.randn(2, 5, 3).double(), wanted)
+    # A size that depends on values has no rule either.
+    assert bool(graph.unknown_ops) == (name in {"unknown", "index_mask"})
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_operators_on_images(name):
+    function, wanted, options = IMAGES[name]
+    torch.manual_seed(0)
+    graph = check(Around(function, image=True, **options), torch.randn(2, 3, 8, 8).double(), wanted)
+    assert not graph.unknown_ops
+
+
+def test_an_operator_without_a_rule_fixes_what_it_touches_and_is_listed():
+    graph = slivo.trace(Around(LINES["unknown"][0]), torch.randn(2, 5, 3))
+    assert "matrix_exp" in " ".join(graph.unknown_ops)
+    assert any("has no rule" in (axis.fixed or "") for axis in graph.axes)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(4, 6, 3, groups=2),
+        nn.Conv3d(4, 6, 1),
+        nn.ConvTranspose1d(4, 6, 3, groups=2),
+        nn.ConvTranspose3d(4, 6, 1),
+        nn.Bilinear(4, 4, 6),
+        nn.EmbeddingBag(5, 6),
+        nn.LazyLinear(6),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers(layer):
+    torch.manual_seed(0)
+    space = {"Conv1d": (5,), "ConvTranspose1d": (5,), "Conv3d": (2, 2, 2), "ConvTranspose3d": (2, 2, 2)}
+    shape = space.get(type(layer).__name__)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(3, 4)
+            self.layer, self.last = layer, nn.Linear(6, 2)
+
+        def forward(self, x):
+            if isinstance(self.layer, nn.EmbeddingBag):
+                return self.last(self.layer(x.long() % 5))
+            x = self.first(x)
+            if shape is not None:
+                x = x.view(2, 4, *[1] * len(shape)).expand(2, 4, *shape)
+            x = self.layer(x, x.relu()) if isinstance(self.layer, nn.Bilinear) else self.layer(x)
+            return self.last(x.flatten(2).mean(-1) if shape else x)
+
+    x = torch.randn(2, 3)
+    model = Net()
+    model(x)
+    wanted = {"Conv1d": 2, "ConvTranspose1d": 2, "EmbeddingBag": 1}.get(type(layer).__name__, 2)
+    graph = slivo.trace(model, x)
+    assert len(graph.prunable) >= wanted
+    model = model.double()
+    for axis in graph.prunable:
+        assert error(outputs(permuted(model, axis), x.double()), outputs(model, x.double())) < 1e-12

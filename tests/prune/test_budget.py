@@ -1,0 +1,127 @@
+"""Budgets are hit, floors are kept, and what cannot be met is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from zoo import build
+
+import slivo
+from slivo.errors import SlivoError, TargetError
+from slivo.prune import Budget, allocate
+
+
+@pytest.fixture(scope="module")
+def graph():
+    layers = [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 48, 3), nn.ReLU(), nn.Conv2d(48, 80, 1)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(80, 10))
+    return slivo.trace(model, torch.randn(2, 3, 8, 8))
+
+
+def scores(graph, seed):
+    generator = np.random.default_rng(seed)
+    return {axis.name: generator.random(axis.size) for axis in graph.prunable}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.floats(0.15, 0.95),
+    st.integers(0, 99),
+    st.sampled_from(["macs", "params"]),
+    st.sampled_from(["global", "uniform"]),
+)
+def test_budgets_are_hit_within_one_percent(graph, share, seed, what, scope):
+    kept = allocate(graph, scores(graph, seed), Budget(**{what: share}), scope=scope)
+    macs, params = graph.count({axis: len(stays) for axis, stays in kept.items()})
+    found = macs / graph.macs if what == "macs" else params / graph.params
+    assert share * 0.99 - 0.002 <= found <= share
+    assert all(len(stays) >= 0.1 * graph[axis].size for axis, stays in kept.items())
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.floats(0.3, 0.9), st.integers(0, 99))
+def test_the_most_important_stay(graph, share, seed):
+    given_scores = scores(graph, seed)
+    for axis, stays in allocate(graph, given_scores, Budget(macs=share)).items():
+        gone = sorted(set(range(graph[axis].size)) - set(stays))
+        assert stays == sorted(stays)
+        assert given_scores[axis][stays].min() >= given_scores[axis][gone].max()
+
+
+@pytest.mark.parametrize("round_to", [4, 8, 16])
+def test_sizes_are_rounded(graph, round_to):
+    kept = allocate(graph, scores(graph, 0), Budget(macs=0.5), round_to=round_to)
+    assert kept
+    assert all(len(stays) % round_to == 0 for stays in kept.values())
+
+
+def test_uniform_keeps_the_same_share_everywhere(graph):
+    kept = allocate(graph, scores(graph, 0), Budget(macs=0.5), scope="uniform")
+    shares = [len(stays) / graph[axis].size for axis, stays in kept.items()]
+    assert max(shares) - min(shares) < 0.04
+
+
+def test_absolute_counts_and_both_at_once(graph):
+    kept = allocate(graph, scores(graph, 0), Budget(macs=400_000, params=20_000))
+    macs, params = graph.count({axis: len(stays) for axis, stays in kept.items()})
+    assert macs <= 400_000
+    assert params <= 20_000
+
+
+def test_a_whole_budget_cuts_nothing(graph):
+    assert allocate(graph, scores(graph, 0), Budget(macs=1.0)) == {}
+
+
+def test_equal_scores_still_cut_in_order(graph):
+    flat = {axis.name: np.ones(axis.size) for axis in graph.prunable}
+    kept = allocate(graph, flat, Budget(macs=0.5))
+    macs, _ = graph.count({axis: len(stays) for axis, stays in kept.items()})
+    assert 0.49 < macs / graph.macs <= 0.5
+
+
+def test_tied_axes_stay_of_equal_size():
+    model, x = build("Shuffle")
+    graph = slivo.trace(model, x)
+    assert graph.ties
+    kept = allocate(graph, scores(graph, 1), Budget(params=0.6), min_width=1)
+    for tie in graph.ties:
+        assert len({len(kept[axis]) if axis in kept else graph[axis].size for axis in tie}) == 1
+
+
+def test_an_axis_tied_to_one_that_must_stay_is_not_cut():
+    model, x = build("Shuffle")
+    graph = slivo.trace(model, x)
+    tied = next(iter(graph.ties[0]))
+    given_scores = {name: each for name, each in scores(graph, 1).items() if name != tied}
+    kept = allocate(graph, given_scores, Budget(params=0.9), min_width=1)
+    assert not set(graph.ties[0]) & set(kept)
+
+
+@pytest.mark.parametrize("keep", [0.001, 0.02])
+def test_what_cannot_be_met_says_what_can(graph, keep):
+    with pytest.raises(TargetError, match=r"cannot be met: MACs .* asked for, .*% of .* is the least.*min_width"):
+        allocate(graph, scores(graph, 0), Budget(macs=keep))
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -1, 1.5, True])
+def test_impossible_budgets(value):
+    with pytest.raises(TargetError, match=r"share above 0 and up to 1\.0"):
+        Budget(macs=value)
+
+
+def test_a_budget_needs_something():
+    with pytest.raises(TargetError, match="needs macs"):
+        Budget()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"round_to": 0}, "round_to is 0"), ({"min_width": -1}, "min_width -1"), ({"scope": "best"}, "'best'")],
+)
+def test_options_out_of_range(graph, options, told):
+    with pytest.raises(SlivoError, match=told):
+        allocate(graph, scores(graph, 0), Budget(macs=0.5), **options)
