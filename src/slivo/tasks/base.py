@@ -1,0 +1,268 @@
+"""What a task is, how its batches are made, and whether a model fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torchmetrics import MetricCollection
+
+from slivo.errors import ShapeError
+
+Batch = Any
+"""Whatever a task's loader yields; for classification ``(inputs, labels)``."""
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job for a model: data, loss, metrics, and how a batch becomes the model's arguments.
+
+    Attributes:
+        kind: Kind of task, such as ``"image-classification"``.
+        name: Name of the data.
+        train: Data to learn from.
+        val: Data to decide by (when to stop, what to prune).
+        test: Data to report on; nothing is decided by it.
+        inputs: Positional arguments of the model from a batch.
+        loss: ``(output of the model, batch)`` to a scalar, the mean over samples.
+        metrics: Makes a fresh collection of metrics.
+        update: Feeds ``(collection, output, batch)``.
+        primary: Name of the metric that targets speak of; higher is better.
+        classes: Names of the classes.
+        example_inputs: The model's positional arguments for a batch of two.
+        collate: Makes a batch of a list of samples; PyTorch's own if None.
+    """
+
+    kind: str
+    name: str
+    train: Dataset[Any]
+    val: Dataset[Any]
+    test: Dataset[Any]
+    inputs: Callable[[Batch], tuple[Any, ...]]
+    loss: Callable[[Any, Batch], Tensor]
+    metrics: Callable[[], MetricCollection]
+    update: Callable[[MetricCollection, Any, Batch], None]
+    primary: str
+    classes: tuple[str, ...]
+    example_inputs: tuple[Any, ...]
+    collate: Callable[[list[Any]], Batch] | None = None
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """A data set that makes a whole batch at once, which for small samples is many times faster than one by one."""
+
+    def take(self, indices: Sequence[int], key: tuple[int, int] | None) -> Batch:
+        """Return the batch of some samples.
+
+        Args:
+            indices: Which samples.
+            key: ``(seed, epoch)`` for training, which anything random must be a function of; None where samples
+                are wanted as they are.
+
+        Returns:
+            The batch.
+        """
+
+
+class Shuffle(Sampler[int]):
+    """A new order every epoch, a function of (seed, epoch) alone.
+
+    Each pass is the next epoch; `set_epoch` says which one comes next, as a training that resumes must.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.next_epoch = 0
+        self.key = (seed, 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass the one of an epoch."""
+        self.next_epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        self.key = (self.seed, self.next_epoch)
+        self.next_epoch += 1
+        yield from torch.randperm(self.size, generator=generator(*self.key)).tolist()
+
+
+class _Whole(Dataset[Any]):
+    """Hands the loader whole batches; `DataLoader` asks for them through ``__getitems__``."""
+
+    def __init__(self, data: BatchSource | TensorDataset, size: int, shuffle: Shuffle | None) -> None:
+        self.data = data
+        self.size = size
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]  # type: ignore[index]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        if isinstance(self.data, BatchSource):
+            return self.data.take(indices, self.shuffle.key if self.shuffle else None)
+        rows = torch.tensor(indices)
+        return tuple(tensor[rows] for tensor in self.data.tensors)
+
+
+def generator(seed: int, epoch: int) -> torch.Generator:
+    """Return a random generator that is a function of (seed, epoch); neighbors are unrelated."""
+    # An odd multiplier modulo 2^63 maps different pairs to different states for all seeds and epochs below 2^31.
+    return torch.Generator().manual_seed((seed * 0x1_0000_0001 + epoch * 0x9E37_79B9) % 2**63)
+
+
+def loader(task: Task, split: Split, *, batch_size: int, seed: int | None = None) -> DataLoader[Any]:
+    """Return the batches of a split.
+
+    Tensor data sets, and others with a ``take`` (`BatchSource`), are indexed a batch at a time.
+
+    Args:
+        task: The task.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        batch_size: Samples in a batch; the last may be smaller.
+        seed: If given, shuffled: the order (and anything random in the data) is a function of (seed, epoch) only.
+            Each pass is the next epoch; ``loader.sampler.set_epoch(epoch)`` sets it, which `slivo.train.fit` does.
+
+    Returns:
+        A loader without worker processes.
+
+    Example:
+        >>> from slivo.tasks import classification
+        >>> data = TensorDataset(torch.eye(3), torch.arange(3))
+        >>> task = classification("eye", data, data, data, classes="abc", example_inputs=(torch.eye(3)[:2],))
+        >>> [labels.tolist() for _, labels in loader(task, "val", batch_size=2)]
+        [[0, 1], [2]]
+    """
+    data = {"train": task.train, "val": task.val, "test": task.test}[split]
+    size = len(data)  # type: ignore[arg-type]
+    shuffle = None if seed is None else Shuffle(size, seed)
+    # A task's own collate must see the samples, so that it is not passed by.
+    if isinstance(data, BatchSource) or (type(data) is TensorDataset and task.collate is None):
+        whole = _Whole(data, size, shuffle)
+        return DataLoader(whole, batch_size, sampler=shuffle, collate_fn=_as_is)
+    return DataLoader(data, batch_size, sampler=shuffle, collate_fn=task.collate)
+
+
+def forward(task: Task, model: nn.Module, batch: Batch) -> Any:
+    """Return a model's output for a batch of a task.
+
+    Args:
+        task: The task; says what of the batch the model gets.
+        model: The model, in whatever mode it is.
+        batch: A batch of the task's loader.
+
+    Returns:
+        What the model returns.
+    """
+    return model(*task.inputs(batch))
+
+
+def check(task: Task, model: nn.Module) -> None:
+    """Run one batch of two samples, and say clearly what is wrong if the model does not fit the task.
+
+    Args:
+        task: The task.
+        model: The model; left as it was.
+
+    Raises:
+        ShapeError: If the model cannot take the batch, or its output does not suit the task's classes or loss;
+            names the module, the shape it got, and what it expects.
+
+    Example:
+        >>> from slivo.tasks import classification
+        >>> data = TensorDataset(torch.eye(3), torch.arange(3))
+        >>> task = classification("eye", data, data, data, classes="abc", example_inputs=(torch.eye(3)[:2],))
+        >>> check(task, nn.Linear(3, 3))
+        >>> check(task, nn.Linear(4, 3))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        slivo.errors.ShapeError: the model (Linear) got an input of shape (2, 3) from task 'eye', but expects 4 ...
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batch = _move(next(iter(loader(task, "val", batch_size=2))), device)
+    modes = [(module, module.training) for module in model.modules()]
+    trail: list[tuple[str, nn.Module, tuple[Any, ...]]] = []
+    handles = [module.register_forward_pre_hook(_follow(name, trail)) for name, module in model.named_modules()]
+    handles += [module.register_forward_hook(lambda *_: _leave(trail)) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            output = forward(task, model.eval(), batch)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ShapeError(_misfit(task, trail, error)) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    _check_output(task, output, batch)
+
+
+def _follow(name: str, trail: list[tuple[str, nn.Module, tuple[Any, ...]]]) -> Callable[..., None]:
+    return lambda module, args: trail.append((name, module, args))
+
+
+def _leave(trail: list[tuple[str, nn.Module, tuple[Any, ...]]]) -> None:
+    trail.pop()
+
+
+def _misfit(task: Task, trail: list[tuple[str, nn.Module, tuple[Any, ...]]], error: Exception) -> str:
+    """Describe why a model could not take a batch; the trail ends at the module that failed."""
+    name, module, args = trail[-1]
+    place = f"module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+    got = ", ".join(str(tuple(arg.shape)) for arg in args if isinstance(arg, Tensor)) or "no tensor"
+    if isinstance(module, nn.Linear):
+        wants = f"{module.in_features} features"
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        wants = f"{module.in_channels} channels"
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        wants = f"{module.num_features} channels"
+    else:
+        wants = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"{place} got an input of shape {got} from task {task.name!r} and failed: {wants}"
+    return (
+        f"{place} got an input of shape {got} from task {task.name!r}, but expects {wants}; "
+        "change the model or the data"
+    )
+
+
+def _check_output(task: Task, output: Any, batch: Batch) -> None:
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if task.kind.endswith("classification") and isinstance(output, Tensor):
+        expected = (2, len(task.classes))
+        if shape != expected:
+            raise ShapeError(
+                f"the model's output for two samples of task {task.name!r} has shape {shape}, expected {expected}: "
+                f"one score for each of {len(task.classes)} classes"
+            )
+    try:
+        task.loss(output, batch)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ShapeError(
+            f"the model's output ({shape}) does not suit the loss of task {task.name!r}: {reason}"
+        ) from error
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {key: _move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_move(value, device) for value in batch)
+    return batch
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,280 @@
+"""The one training loop: any objective, any hooks, resumable to the bit."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import find_batch_size, send_to_device
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.data import DataLoader
+
+from slivo.errors import SlivoError
+from slivo.train import resume
+from slivo.train.hooks import Hook, TrainState
+from slivo.train.optim import OptimizerSpec, build
+from slivo.train.precision import Precision, choose
+
+Batch = Any
+
+Objective = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
+"""Named terms, already weighted; their sum is the loss."""
+
+_SGD = OptimizerSpec()
+
+
+def fit(
+    model: nn.Module,
+    batches: DataLoader[Any],
+    objective: Objective,
+    *,
+    epochs: int,
+    optimizer: OptimizerSpec = _SGD,
+    hooks: Sequence[Hook] = (),
+    validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    seed: int = 0,
+    precision: Precision = "auto",
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    extra_parameters: Iterable[Parameter] = (),
+) -> list[dict[str, Any]]:
+    """Train a model in place, where it is (move it to the GPU first to train there).
+
+    A training is a function of its arguments: before each epoch all random generators are set from (seed, epoch),
+    and those of the caller are put back afterwards. Hence a training that was broken off and is called again with
+    the same checkpoint goes on after the last whole epoch and ends bit-identical to one that was not (on the same
+    machine with the same number of threads).
+
+    Args:
+        model: The model; all of it that requires gradients is trained. It ends in evaluation mode.
+        batches: Training data. A sampler with ``set_epoch`` is told the epoch, a generator of its own is set like
+            the others. A last batch of one sample is left out if the model has batch norm, which cannot take it.
+        objective: ``(model, batch)`` to named terms, already weighted, whose sum is the loss.
+        epochs: Passes over the data.
+        optimizer: Optimizer and schedule.
+        hooks: Called in this order at each point.
+        validate: Called after each epoch, in evaluation mode and without gradients; its figures enter the row.
+        seed: Of everything random in the training.
+        precision: ``fp32``, ``bf16`` (autocast; weights stay fp32) or ``auto``: bf16 for convolutional nets with
+            enough work in a batch on devices that have it (`slivo.train.precision.choose`).
+        checkpoint: A file that is written after each epoch, atomically, and resumed from if it is there.
+        on_epoch: Gets each row once its epoch is done and its checkpoint is on the disk. Rows of a training that
+            was broken off are not repeated, but are in what is returned.
+        extra_parameters: Parameters outside the model to train with it, such as adapters.
+
+    Returns:
+        One row an epoch: ``epoch`` (from 1), ``loss``, ``terms`` (means over samples), ``lr`` (of the last step),
+        ``val``, ``seconds`` (validation excluded) and ``samples_per_second``.
+
+    Raises:
+        SlivoError: If the loss is not finite (before the model is changed by it), or there is nothing to train.
+        ArtifactError: If the checkpoint is damaged or belongs to another training.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> net = nn.Linear(4, 1)
+        >>> data = DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=4)
+        >>> rows = fit(net, data, lambda net, batch: {"square": net(batch[0]).square().mean()}, epochs=2)
+        >>> [row["epoch"] for row in rows], list(rows[0]["terms"])
+        ([1, 2], ['square'])
+    """
+    if epochs < 1:
+        raise SlivoError(f"epochs is {epochs}; it must be 1 or more")
+    steps = _steps(model, batches)
+    extra = list(extra_parameters)
+    device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
+    stored = resume.load(checkpoint)
+    with _own_randomness(device), _accelerator(device) as make_accelerator:
+        if precision == "auto" and stored is not None:
+            chosen = stored["training"]["precision"]
+        elif precision == "auto":
+            _seed(seed, 0, batches)
+            chosen = choose(model, device, lambda: objective(model, _first(batches, device)))
+        else:
+            chosen = precision
+        accelerator = make_accelerator(chosen)
+        made, scheduler = build(optimizer, [*model.parameters(), *extra], epochs * steps)
+        state = TrainState(model, made, scheduler, epochs=epochs, total_steps=epochs * steps)
+        training = {
+            "epochs": epochs,
+            "steps_per_epoch": steps,
+            "seed": seed,
+            "precision": chosen,
+            "optimizer": asdict(optimizer),
+        }
+        if stored is not None and checkpoint is not None:
+            resume.restore(checkpoint, stored, training, state, hooks, extra)
+        for hook in hooks:
+            hook.on_fit_start(state)
+        while state.epoch < epochs:
+            state.epoch += 1
+            _seed(seed, state.epoch, batches)
+            row = _epoch(state, batches, objective, hooks, accelerator, steps)
+            row["val"] = _validated(model, validate)
+            state.history.append(row)
+            for hook in hooks:
+                hook.on_epoch_end(state)
+            if checkpoint is not None:
+                resume.save(checkpoint, training, state, hooks, extra)
+            if on_epoch is not None:
+                on_epoch(row)
+        for hook in hooks:
+            hook.on_fit_end(state)
+        made.zero_grad(set_to_none=True)
+    model.eval()
+    return state.history
+
+
+def _epoch(
+    state: TrainState,
+    batches: DataLoader[Any],
+    objective: Objective,
+    hooks: Sequence[Hook],
+    accelerator: Accelerator,
+    steps: int,
+) -> dict[str, Any]:
+    """Run one epoch and return its row, without validation."""
+    state.model.train()
+    started = time.perf_counter()
+    sums: dict[str, float] = {}
+    samples = 0
+    rate = 0.0
+    for index, raw in enumerate(batches):
+        if index >= steps:
+            break
+        batch = send_to_device(raw, accelerator.device, non_blocking=True)
+        rate = float(state.scheduler.get_last_lr()[0])
+        _step(state, batch, objective, hooks, accelerator)
+        size = find_batch_size(batch) or 1
+        samples += size
+        for name, value in state.terms.items():
+            sums[name] = sums.get(name, 0.0) + value * size
+    seconds = time.perf_counter() - started
+    terms = {name: value / samples for name, value in sums.items()}
+    return {
+        "epoch": state.epoch,
+        "loss": sum(terms.values()),
+        "terms": terms,
+        "lr": rate,
+        "val": {},
+        "seconds": seconds,
+        "samples_per_second": samples / seconds,
+    }
+
+
+def _step(
+    state: TrainState, batch: Batch, objective: Objective, hooks: Sequence[Hook], accelerator: Accelerator
+) -> None:
+    for hook in hooks:
+        hook.on_step_start(state)
+    state.optimizer.zero_grad(set_to_none=True)
+    with accelerator.autocast():
+        terms = objective(state.model, batch)
+        loss = torch.stack([term.float() for term in terms.values()]).sum()
+    state.terms = {name: float(term.detach()) for name, term in terms.items()}
+    if not math.isfinite(sum(state.terms.values())):
+        shown = ", ".join(f"{name} = {value:g}" for name, value in state.terms.items())
+        raise SlivoError(
+            f"the loss is not finite at epoch {state.epoch}, step {state.step + 1} ({shown}); lower the learning rate "
+            f"(now {state.scheduler.get_last_lr()[0]:g}), clip gradients (ClipGradients), or look for NaN in the data"
+        )
+    accelerator.backward(loss)
+    for hook in hooks:
+        hook.on_gradients(state)
+    state.optimizer.step()
+    state.scheduler.step()
+    state.step += 1
+    for hook in hooks:
+        hook.on_step_end(state)
+
+
+def _validated(model: nn.Module, validate: Callable[[nn.Module], Mapping[str, float]] | None) -> dict[str, float]:
+    model.eval()
+    if validate is None:
+        return {}
+    with torch.no_grad():
+        return {name: float(value) for name, value in validate(model).items()}
+
+
+def _steps(model: nn.Module, batches: DataLoader[Any]) -> int:
+    """Return the number of batches to use of each epoch."""
+    count = len(batches)
+    if count == 0:
+        raise SlivoError("there are no batches to train on; the data is empty, or smaller than one whole batch")
+    if count == 1 or batches.batch_size in (None, 1) or batches.drop_last:
+        return count
+    size = len(batches.sampler)  # type: ignore[arg-type]
+    lone = size % batches.batch_size == 1
+    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    return count - 1 if lone and has_batch_norm else count
+
+
+def _first(batches: DataLoader[Any], device: torch.device) -> Batch:
+    return send_to_device(next(iter(batches)), device)
+
+
+def _seed(seed: int, epoch: int, batches: DataLoader[Any]) -> None:
+    """Make everything random in an epoch a function of (seed, epoch)."""
+    word = int(np.random.SeedSequence([seed % 2**63, epoch]).generate_state(1, np.uint32)[0])
+    random.seed(word)
+    np.random.seed(word)
+    torch.manual_seed(word)
+    for owner in (batches, batches.sampler):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(word)
+    tell = getattr(batches.sampler, "set_epoch", None)
+    if tell is not None:
+        tell(epoch)
+
+
+@contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Give the caller's random generators and cuDNN setting back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    deterministic = torch.backends.cudnn.deterministic
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            torch.backends.cudnn.deterministic = True
+            yield
+        finally:
+            torch.backends.cudnn.deterministic = deterministic
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
+def _accelerator(device: torch.device) -> Iterator[Callable[[str], Accelerator]]:
+    """Give a maker of an Accelerator on a device, whatever Accelerate was set to before, and put that back."""
+    shared = [kind._shared_state for kind in (AcceleratorState, PartialState, GradientState)]
+    before = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()
+
+    def make(precision: str) -> Accelerator:
+        mixed = "bf16" if precision == "bf16" else "no"
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+        if accelerator.num_processes > 1:
+            raise SlivoError("fit trains in one process; start it without a distributed launcher")
+        # Accelerate takes the first GPU; the model may be on another.
+        accelerator.state.device = device
+        return accelerator
+
+    try:
+        yield make
+    finally:
+        for state, values in zip(shared, before, strict=True):
+            state.clear()
+            state.update(values)

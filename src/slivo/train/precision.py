@@ -1,0 +1,76 @@
+"""Which precision and memory layout a training runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+WORTH_BF16 = 5_000_000_000
+"""Multiply-accumulates of convolutions in a batch's forward pass from which bf16 pays for its casts."""
+
+
+def choose(model: nn.Module, device: torch.device, run: Callable[[], object]) -> Literal["fp32", "bf16"]:
+    """Choose the precision for a model by rule, never by timing, so that a training can be repeated.
+
+    bf16 where the device has it in hardware, and the convolutions of one batch come to `WORTH_BF16`
+    multiply-accumulates in the forward pass. All else is fp32: casts cost small networks more than they bring.
+
+    Args:
+        model: The model.
+        device: Where it trains.
+        run: Runs one batch through the model; called only if the answer hangs on it, in evaluation mode and
+            without gradients.
+
+    Returns:
+        ``"fp32"`` or ``"bf16"``.
+    """
+    if not (has_bf16(device) and any(isinstance(module, CONVOLUTIONS) for module in model.modules())):
+        return "fp32"
+    return "bf16" if convolution_macs(model, run) >= WORTH_BF16 else "fp32"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Say whether a device multiplies bf16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # Below AVX512-BF16 and AMX it is emulated, and slower than fp32.
+    # An older PyTorch cannot tell.
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def convolution_macs(model: nn.Module, run: Callable[[], object]) -> int:
+    """Count the multiply-accumulates of a model's convolutions while something runs it.
+
+    Args:
+        model: The model; its modes are left as they were.
+        run: Runs the model, as often as wanted.
+
+    Returns:
+        The count, over the whole batch.
+    """
+    counts: list[int] = []
+
+    def count(module: nn.Module, _: object, output: Tensor) -> None:
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        counts.append(output.numel() * weight[0].numel())
+
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, CONVOLUTIONS)]
+    try:
+        model.eval()
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    return sum(counts)
