@@ -1,0 +1,335 @@
+"""The edit that stores weights as integer codes and rounds activations to what integer kernels compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Self, cast
+
+import torch
+import torch.ao.quantization.fx._decomposed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from slivo.errors import SlivoError
+
+_ = torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decomposed when it is imported
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_OPERATIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Linear: F.linear,
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+}
+
+QUANTIZABLE = tuple(_OPERATIONS)
+"""The layers that `Quantize` can take; exactly these classes, because a subclass may compute something else."""
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""The layers that can be folded into the layer before them."""
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """How a tensor of activations is rounded: to unsigned codes, one scale and zero point for the whole tensor.
+
+    Args:
+        bits: Width of the codes, 2-8.
+    """
+
+    bits: int = 8
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one layer is quantized.
+
+    Args:
+        weight_bits: Width of the weight's signed, symmetric codes, 2-8; they are stored as int8.
+        weight_axis: 0 for one scale an output channel, None for one scale a tensor.
+        activation: How the layer's input is rounded; None leaves it in floating point.
+        output: How the layer's output is rounded; None leaves it in floating point.
+    """
+
+    weight_bits: int = 8
+    weight_axis: int | None = 0
+    activation: ActivationSpec | None = None
+    output: ActivationSpec | None = None
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """The ranges (least, greatest) that a layer's codes must cover; each includes zero."""
+
+    activation: tuple[float, float] | None = None
+    output: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Fold batch norms into the layers before them, then put quantized layers in place of layers.
+
+    Args:
+        modules: For each layer (qualified name) how it is quantized.
+        folded: For each batch norm (qualified name) the layer that takes it in.
+        ranges: Calibrated ranges of the layers' activations. Needed once; they end up in the model's tensors and are
+            not part of the edit's JSON.
+
+    Example:
+        >>> edit = Quantize({"0": QuantSpec(weight_bits=8)})
+        >>> edit.apply_(nn.Sequential(nn.Linear(3, 2)))[0].weight_codes.dtype
+        torch.int8
+        >>> Quantize.from_json(edit.to_json()) == edit
+        True
+    """
+
+    kind: ClassVar[str] = "quantize"
+
+    modules: Mapping[str, QuantSpec]
+    folded: Mapping[str, str] = field(default_factory=dict)
+    ranges: Mapping[str, Ranges] = field(default_factory=dict, compare=False, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return {"modules": {name: asdict(spec) for name, spec in self.modules.items()}, "folded": dict(self.folded)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild the edit from `to_json`'s data."""
+        modules = {}
+        for name, spec in data["modules"].items():
+            rounded = {role: _activation(spec.get(role)) for role in ("activation", "output")}
+            modules[name] = QuantSpec(spec["weight_bits"], spec["weight_axis"], **rounded)
+        return cls(modules, dict(data.get("folded", {})))
+
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Quantize the layers in place; return the model, or the layer that takes its place if it is one itself."""
+        for norm, name in self.folded.items():
+            old = model.get_submodule(norm)
+            _fold_(_layer(model, name), old)
+            _swap_(model, old, nn.Identity())
+        for name, spec in self.modules.items():
+            layer = _layer(model, name)
+            new = QuantizedLayer(layer, spec, self.ranges.get(name, Ranges()))
+            new.train(layer.training)
+            if layer is model:
+                return new
+            _swap_(model, layer, new)
+        return model
+
+
+class QuantizedLayer(nn.Module):
+    """A linear layer or a convolution with integer codes for a weight.
+
+    Its arithmetic is that of integer kernels, written with ``quantized_decomposed`` operators, which exporters turn
+    into their runtime's quantize and dequantize nodes. It cannot be trained: rounding has no gradient.
+
+    Args:
+        layer: The layer to replace; an instance of one of `QUANTIZABLE`.
+        spec: How.
+        ranges: The ranges of its activations, where ``spec`` rounds them.
+    """
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor
+    input_zero_point: Tensor
+    output_scale: Tensor
+    output_zero_point: Tensor
+
+    def __init__(self, layer: Layer, spec: QuantSpec, ranges: Ranges) -> None:
+        super().__init__()
+        self.spec = spec
+        self.operation = _OPERATIONS[type(layer)]
+        for name in layer.__constants__:  # sizes, strides and the like, which other modules may read
+            setattr(self, name, getattr(layer, name))
+        weight, bias = layer.weight.detach().float(), layer.bias
+        codes, scale = encode(weight, spec.weight_bits, per_channel=spec.weight_axis is not None)
+        self.register_buffer("weight_codes", codes)
+        self.register_buffer("weight_scale", scale)
+        for role, rounded, span in (
+            ("input", spec.activation, ranges.activation),
+            ("output", spec.output, ranges.output),
+        ):
+            if rounded is not None:
+                step, zero_point = affine(span or (0.0, 1.0), rounded.bits)
+                device = weight.device
+                self.register_buffer(f"{role}_scale", torch.tensor(step, device=device))
+                self.register_buffer(f"{role}_zero_point", torch.tensor(zero_point, dtype=torch.uint8, device=device))
+        self.register_buffer("bias", None if bias is None else self._encode_bias(bias.detach().float()))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in floating point, as the codes say it."""
+        return _decode(self.weight_codes, self.weight_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to a tensor of any floating-point type; it computes in float32."""
+        if self.training and torch.is_grad_enabled():
+            raise SlivoError(
+                "a quantized layer cannot be trained: rounding has no gradient. Train first and quantize last, "
+                "or call model.eval()"
+            )
+        dtype = x.dtype
+        x, bias = x.float(), self.bias
+        if self.spec.activation is not None:
+            x = _round(x, self.input_scale, self.input_zero_point, self.spec.activation.bits)
+            bias = None if bias is None else _decode(bias, self._bias_scale())
+        x = self._operate(x, self.weight, bias)
+        if self.spec.output is not None:
+            x = _round(x, self.output_scale, self.output_zero_point, self.spec.output.bits)
+        return x.to(dtype)
+
+    def extra_repr(self) -> str:
+        """Return shape and widths, for printing."""
+        widths = [f"weight={self.spec.weight_bits} bits"]
+        for role, rounded in (("activation", self.spec.activation), ("output", self.spec.output)):
+            if rounded is not None:
+                widths.append(f"{role}={rounded.bits} bits")
+        return f"{list(self.weight_codes.shape)}, {', '.join(widths)}"
+
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.operation is F.linear:
+            return F.linear(x, weight, bias)
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            sides = _both_sides(padding, self.kernel_size, self.dilation)
+            x, padding = F.pad(x, sides, mode=str(self.padding_mode)), 0
+        return self.operation(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _encode_bias(self, bias: Tensor) -> Tensor:
+        """Round the bias to the grid on which integer kernels sum; in floating point if the input is not rounded."""
+        if self.spec.activation is None:
+            return bias
+        codes = torch.round(bias.double() / self._bias_scale().double())
+        return codes.clamp(-(2**31) + 1, 2**31 - 1).to(torch.int32)
+
+    def _bias_scale(self) -> Tensor:
+        return (self.input_scale * self.weight_scale).expand(self.weight_codes.shape[0])
+
+
+def encode(weight: Tensor, bits: int, *, per_channel: bool = True) -> tuple[Tensor, Tensor]:
+    """Round a weight to signed, symmetric codes ``round(w / scale)``.
+
+    The scale is the one of least squared error among 0.5 to 1 times the scale that just covers the greatest entry:
+    a few clipped entries cost less than coarse steps for all.
+
+    Args:
+        weight: Shape (out, ...), float32.
+        bits: Width of the codes, 2-8; they run from ``-(2 ** (bits - 1) - 1)`` to its opposite.
+        per_channel: One scale for each entry of dimension 0, or one for the tensor.
+
+    Returns:
+        Codes (int8, the weight's shape) and scale (float32, shape (out,) or (1,)).
+
+    Raises:
+        SlivoError: If the width is not 2-8.
+
+    Source: Nagel et al. 2021, arXiv:2106.08295, sections 2.2 and 3.1.
+
+    Example:
+        >>> encode(torch.tensor([[-1.0, 0.5]]), 8)[0]
+        tensor([[-127,   64]], dtype=torch.int8)
+    """
+    limit = 2 ** (_width(bits) - 1) - 1
+    rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
+    cover = (rows.abs().amax(1, keepdim=True) / limit).clamp(min=torch.finfo(torch.float32).tiny)
+    scale, least = cover, torch.full_like(cover, torch.inf)
+    for factor in torch.linspace(1.0, 0.5, 26).tolist():
+        trial = cover * factor
+        error = (rows - (rows / trial).round().clamp(-limit, limit) * trial).square().sum(1, keepdim=True)
+        scale, least = torch.where(error < least, trial, scale), torch.minimum(error, least)
+    codes = (rows / scale).round().clamp(-limit, limit).to(torch.int8)
+    return codes.reshape(weight.shape), scale.flatten()
+
+
+def affine(span: tuple[float, float], bits: int) -> tuple[float, int]:
+    """Return scale and zero point of the unsigned codes that cover a range.
+
+    Args:
+        span: Least and greatest value; widened to include zero, so that zero has a code of its own.
+        bits: Width of the codes, 2-8.
+
+    Example:
+        >>> affine((0.0, 51.0), 8)
+        (0.2, 0)
+    """
+    levels = 2 ** _width(bits) - 1
+    low, high = min(0.0, span[0]), max(0.0, span[1])
+    scale = max((high - low) / levels, 1e-12)
+    return scale, min(levels, max(0, round(-low / scale)))
+
+
+def _width(bits: int) -> int:
+    if not 2 <= bits <= 8:
+        raise SlivoError(f"{bits} bits are not possible; codes have 2 to 8 bits")
+    return bits
+
+
+def _round(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    ops, top = torch.ops.quantized_decomposed, 2**bits - 1
+    codes = ops.quantize_per_tensor.tensor(x, scale, zero_point, 0, top, torch.uint8)
+    rounded: Tensor = ops.dequantize_per_tensor.tensor(codes, scale, zero_point, 0, top, torch.uint8)
+    return rounded
+
+
+def _decode(codes: Tensor, scale: Tensor) -> Tensor:
+    bounds = torch.iinfo(codes.dtype)
+    scale = scale.expand(codes.shape[0])
+    decoded: Tensor = torch.ops.quantized_decomposed.dequantize_per_channel(
+        codes, scale, None, 0, bounds.min, bounds.max, codes.dtype
+    )
+    return decoded
+
+
+def _both_sides(padding: Any, kernel: Any, dilation: Any) -> list[int]:
+    """Return what `F.pad` takes for a convolution's padding: last dimension first, each side."""
+    sides: list[int] = []
+    for dim in reversed(range(len(kernel))):
+        if isinstance(padding, str):
+            total = dilation[dim] * (kernel[dim] - 1) if padding == "same" else 0
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [padding[dim], padding[dim]]
+    return sides
+
+
+def _layer(model: nn.Module, name: str) -> Layer:
+    found = model.get_submodule(name)
+    if type(found) not in _OPERATIONS:
+        allowed = ", ".join(each.__name__ for each in QUANTIZABLE)
+        raise SlivoError(f"{name or 'the model'} is a {type(found).__name__}; only {allowed} can be quantized")
+    return cast(Layer, found)
+
+
+def _fold_(layer: Layer, norm: nn.Module) -> None:
+    """Scale and shift a layer's channels as the batch norm behind it does in evaluation mode."""
+    if not isinstance(norm, NORMS) or norm.running_mean is None or norm.running_var is None:
+        raise SlivoError(f"a {type(norm).__name__} cannot be folded into the layer before it")
+    weight, bias = layer.weight, layer.bias
+    gain = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.affine:
+        gain = gain * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * gain
+    if norm.affine:
+        shift = shift + norm.bias.detach().double()
+    if bias is not None:
+        shift = shift + bias.detach().double() * gain
+    channels = (-1, *[1] * (weight.dim() - 1))
+    layer.weight = nn.Parameter((weight.detach().double() * gain.view(channels)).to(weight.dtype))
+    layer.bias = nn.Parameter(shift.to(weight.dtype))
+
+
+def _swap_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in another's place under every name that the other has."""
+    for parent in model.modules():
+        for name, child in list(parent._modules.items()):  # under each name; `named_children` gives the first only
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _activation(data: Mapping[str, Any] | None) -> ActivationSpec | None:
+    return None if data is None else ActivationSpec(**data)

@@ -1,0 +1,101 @@
+"""Cost: parameters, multiply-accumulates and bytes of a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from slivo.edits.quantize import QuantizedLayer
+from slivo.graph import ExampleInputs, as_args
+from slivo.graph.capture import canonical_names, evaluating
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs.
+
+    Args:
+        params: Weights and biases, floating point or codes; tied ones count once.
+        macs: Multiply-accumulates of convolutions, matrix products and attention, per sample, whatever their
+            precision.
+        size_bytes: Bytes of the model's tensors as a safetensors file.
+    """
+
+    params: int
+    macs: int
+    size_bytes: int
+
+
+def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
+    """Count what a model costs.
+
+    Args:
+        model: Run once in evaluation mode; left as it was.
+        example_inputs: A tensor, a tuple of positional arguments or a mapping of keyword arguments; the first
+            dimension of the first tensor is the batch.
+
+    Example:
+        >>> cost(nn.Linear(10, 4), torch.randn(8, 10))
+        Cost(params=44, macs=40, size_bytes=312)
+    """
+    return Cost(count_params(model), count_macs(model, example_inputs), size_bytes(model))
+
+
+def count_params(model: nn.Module) -> int:
+    """Return the number of weights and biases, those of quantized layers included; tied ones count once."""
+    codes = {
+        id(tensor): tensor
+        for module in model.modules()
+        if isinstance(module, QuantizedLayer)
+        for tensor in (module.weight_codes, module.bias)
+        if tensor is not None
+    }
+    return sum(tensor.numel() for tensor in (*model.parameters(), *codes.values()))
+
+
+def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:
+    """Return the multiply-accumulates per sample; counted by operator, functional calls and attention included."""
+    args, kwargs = as_args(example_inputs)
+    with evaluating(model), torch.no_grad(), _plain_kernels(), FlopCounterMode(display=False) as counter:
+        model(*args, **kwargs)
+    return int(counter.get_total_flops()) // 2 // _batch_size((args, kwargs))
+
+
+def size_bytes(model: nn.Module) -> int:
+    """Return the bytes of the model's tensors as a safetensors file; tied ones count once."""
+    names = canonical_names(model)
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False),
+        )
+        if names[name] == name
+    }  # fmt: skip
+    return len(save(tensors))
+
+
+def _batch_size(inputs: object) -> int:
+    sizes = [len(x) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    return max(1, sizes[0]) if sizes else 1
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Have recurrent and transformer layers computed by operators that can be counted, not by fused ones."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about settings that `flags` reads and writes, and we do not use
+            with torch.backends.mkldnn.flags(enabled=False):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
