@@ -284,3 +284,19 @@ class SharedTwice(nn.Module):
 
     def forward(self, x):
         return self.last(torch.relu(self.again(torch.relu(self.again(torch.relu(self.first(x)))))))
+
+
+@row(2, 3, 8, 8)
+class Auxiliary(nn.Module):
+    """A second classifier that runs in training only."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.aux = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.hardswish(self.stem(x), inplace=True)
+        out = self.head(x.mean((2, 3)))
+        return (out, self.aux(x)) if self.training else out

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from slivo.errors import ShapeError
+from slivo.errors import CaptureError, ShapeError
 from slivo.graph import rules
 from slivo.graph.capture import capture
 from slivo.graph.dims import Sum, Term, Var, fix, head, leaves, positions, size_after
@@ -170,6 +170,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     """
     inference = Inference(capture(model, example_inputs))
     inference.run()
+    _learn_from_training(model, example_inputs, inference)
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in inference.tensors}
     inference.parameters = tuple(parameters)
     inference.ties.extend(_shared_attributes(model, inference))
@@ -199,6 +200,24 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
         inference=inference,
         batch=batch,
     )
+
+
+def _learn_from_training(model: nn.Module, example_inputs: ExampleInputs, inference: Inference) -> None:
+    """Add what is known of parts that run in training only, such as auxiliary classifiers; they are cut along."""
+    if all(name in inference.tensors for name, _ in model.named_parameters()):
+        return
+    try:
+        captured = capture(model, example_inputs, training=True)
+    except CaptureError:
+        return
+    more = Inference(captured, tensors=inference.tensors)
+    more.run()
+    inference.facts.extend(more.facts)
+    inference.ties.extend(more.ties)
+    inference.roles.extend(more.roles)
+    inference.reads.update(more.reads)
+    for name, count in more.unknown.items():
+        inference.unknown[name] = max(count, inference.unknown.get(name, 0))
 
 
 def _members(inference: Inference) -> dict[Var, list[Member]]:

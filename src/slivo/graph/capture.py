@@ -29,18 +29,19 @@ class Capture:
     tensors: dict[str, str]
 
 
-def capture(model: nn.Module, example_inputs: ExampleInputs) -> Capture:
-    """Capture the model in evaluation mode with `torch.export` (not strict: Python runs as it is).
+def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False) -> Capture:
+    """Capture the model with `torch.export` (not strict: Python runs as it is).
 
     Args:
         model: Any module; its mode, parameters and buffers are as before afterwards.
         example_inputs: As in `slivo.graph.inputs.as_args`.
+        training: Whether it is captured in training mode, in evaluation mode otherwise.
 
     Raises:
         CaptureError: If the model does not accept the inputs, or PyTorch cannot capture it.
     """
     args, kwargs = as_args(example_inputs)
-    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
+    with evaluating(model, training=training), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
@@ -62,10 +63,10 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and back into the mode that each had."""
+def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Put every module into evaluation (or training) mode, and back into the mode that each had."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

@@ -261,6 +261,11 @@ def _rule_of(target: Any) -> Rule | None:
         return RULES[packet]
     if torch.Tag.pointwise in getattr(target, "tags", ()):
         return _pointwise
+    name = getattr(packet, "__name__", "")
+    if name.endswith("_") and not name.startswith("_"):
+        # An operator in place does what its twin does; PyTorch does not tag all of them.
+        twin = getattr(torch.ops.aten, name[:-1], None)
+        return twin and _rule_of(getattr(twin, getattr(target, "_overloadname", "default"), twin))
     return None
 
 

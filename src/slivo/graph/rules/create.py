@@ -43,7 +43,34 @@ def same(t: Inference, x: Any, *args: Any, **kwargs: Any) -> Dims:
     return t.of(x)
 
 
-@rule(aten.copy_, aten.copy, aten.masked_fill, aten.masked_fill_, aten.where, aten.floor_divide)
+@rule(
+    aten.copy_,
+    aten.copy,
+    aten.masked_fill,
+    aten.where,
+    aten.floor_divide,
+    aten.hardswish,
+    aten.log_sigmoid,
+    aten.rsub,
+    aten.negative,
+    aten.absolute,
+    aten.subtract,
+    aten.multiply,
+    aten.divide,
+    aten.true_divide,
+    aten.greater,
+    aten.greater_equal,
+    aten.less,
+    aten.less_equal,
+    aten.not_equal,
+    aten.isclose,
+    aten.fix,
+    aten.conj,
+    aten.real,
+    aten.imag,
+    aten.complex,
+    aten.polar,
+)
 def broadcasting(t: Inference, *args: Any, **kwargs: Any) -> Dims:
     """Operators that broadcast, though PyTorch does not tag them as pointwise."""
     return elementwise(t, list(flatten_args(args)), t.output())
