@@ -218,33 +218,37 @@ def _leave(trail: list[tuple[str, nn.Module, tuple[Any, ...]]]) -> None:
 
 def _misfit(task: Task, trail: list[tuple[str, nn.Module, tuple[Any, ...]]], error: Exception) -> str:
     """Describe why a model could not take a batch; the trail ends at the module that failed."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if not trail:
+        return f"the inputs of task {task.name!r} cannot be taken out of its batch: {reason}"
     name, module, args = trail[-1]
     place = f"module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
-    got = ", ".join(str(tuple(arg.shape)) for arg in args if isinstance(arg, Tensor)) or "no tensor"
-    if isinstance(module, nn.Linear):
-        wants = f"{module.in_features} features"
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        wants = f"{module.in_channels} channels"
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        wants = f"{module.num_features} channels"
-    else:
-        wants = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"{place} got an input of shape {got} from task {task.name!r} and failed: {wants}"
-    return (
-        f"{place} got an input of shape {got} from task {task.name!r}, but expects {wants}; "
-        "change the model or the data"
-    )
+    shapes = [tuple(arg.shape) for arg in args if isinstance(arg, Tensor)]
+    got = f"{place} got an input of shape {', '.join(map(str, shapes)) or '(no tensor)'} from task {task.name!r}"
+    wants = _wants(module, shapes[0]) if shapes else None
+    return f"{got}, but expects {wants}; change the model or the data" if wants else f"{got} and failed: {reason}"
+
+
+def _wants(module: nn.Module, shape: tuple[int, ...]) -> str | None:
+    """Say what a layer expects instead of a shape; None if the shape suits it or the layer is not known."""
+    if isinstance(module, nn.Linear) and shape[-1:] != (module.in_features,):
+        return f"{module.in_features} features"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        dims = len(module.kernel_size) + 2
+        if len(shape) != dims or shape[1] != module.in_channels:
+            return f"{dims} dimensions with {module.in_channels} channels"
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and shape[1:2] != (module.num_features,):
+        return f"{module.num_features} channels"
+    return None
 
 
 def _check_output(task: Task, output: Any, batch: Batch) -> None:
     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if task.kind.endswith("classification") and isinstance(output, Tensor):
-        expected = (2, len(task.classes))
-        if shape != expected:
-            raise ShapeError(
-                f"the model's output for two samples of task {task.name!r} has shape {shape}, expected {expected}: "
-                f"one score for each of {len(task.classes)} classes"
-            )
+    if task.kind.endswith("classification") and isinstance(output, Tensor) and shape[1:] != (len(task.classes),):
+        raise ShapeError(
+            f"the model's output for task {task.name!r} has shape {shape}, expected (batch, {len(task.classes)}): "
+            "one score for each class; change the model's last layer"
+        )
     try:
         task.loss(output, batch)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:

@@ -97,8 +97,13 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _encode(value: Any, tensors: dict[str, Tensor], place: str) -> Any:
     if isinstance(value, Tensor):
         # A copy, since safetensors refuses tensors that share memory, and two of them may.
-        tensors[place] = value.detach().to("cpu", copy=True).contiguous()
-        return {_TENSOR: place}
+        copy = value.detach().to("cpu", copy=True)
+        # The layout is kept: mixed layouts in one operation may round otherwise than those of the first time.
+        order = sorted(range(copy.dim()), key=copy.stride, reverse=True) if not copy.is_contiguous() else []
+        # Numbered, because places of different values may read the same (the keys 1 and "1").
+        name = str(len(tensors))
+        tensors[name] = (copy.permute(order) if order else copy).contiguous()
+        return {_TENSOR: name, "order": order} if order else {_TENSOR: name}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: _encode(item, tensors, f"{place}/{key}") for key, item in value.items()}
@@ -118,7 +123,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if _TENSOR in value:
-        return tensors[value[_TENSOR]]
+        tensor, order = tensors[value[_TENSOR]], value.get("order", [])
+        return tensor.permute([order.index(dim) for dim in range(len(order))]) if order else tensor
     if _TUPLE in value:
         return tuple(_decode(item, tensors) for item in value[_TUPLE])
     if _PAIRS in value:

@@ -7,15 +7,16 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import find_batch_size, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.data import DataLoader
@@ -24,7 +25,7 @@ from slivo.errors import SlivoError
 from slivo.train import resume
 from slivo.train.hooks import Hook, TrainState
 from slivo.train.optim import OptimizerSpec, build
-from slivo.train.precision import Precision, choose
+from slivo.train.precision import Precision, choose, layout
 
 Batch = Any
 
@@ -91,72 +92,88 @@ def fit(
     """
     if epochs < 1:
         raise SlivoError(f"epochs is {epochs}; it must be 1 or more")
-    steps = _steps(model, batches)
-    extra = list(extra_parameters)
-    device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
-    stored = resume.load(checkpoint)
-    with _own_randomness(device), _accelerator(device) as make_accelerator:
-        if precision == "auto" and stored is not None:
-            chosen = stored["training"]["precision"]
-        elif precision == "auto":
-            _seed(seed, 0, batches)
-            chosen = choose(model, device, lambda: objective(model, _first(batches, device)))
-        else:
-            chosen = precision
-        accelerator = make_accelerator(chosen)
-        made, scheduler = build(optimizer, [*model.parameters(), *extra], epochs * steps)
-        state = TrainState(model, made, scheduler, epochs=epochs, total_steps=epochs * steps)
-        training = {
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    plan = _Plan(
+        batches=batches,
+        objective=objective,
+        hooks=tuple(hooks),
+        extra=tuple(extra_parameters),
+        epochs=epochs,
+        steps=_steps(model, batches),
+        seed=seed,
+    )
+    stored = resume.load(checkpoint) if checkpoint is not None else None
+    with _own_randomness(device):
+        chosen = _precision(precision, model, device, plan, stored)
+        settings = {
             "epochs": epochs,
-            "steps_per_epoch": steps,
+            "steps_per_epoch": plan.steps,
             "seed": seed,
             "precision": chosen,
             "optimizer": asdict(optimizer),
         }
-        if stored is not None and checkpoint is not None:
-            resume.restore(checkpoint, stored, training, state, hooks, extra)
-        for hook in hooks:
-            hook.on_fit_start(state)
-        while state.epoch < epochs:
-            state.epoch += 1
-            _seed(seed, state.epoch, batches)
-            row = _epoch(state, batches, objective, hooks, accelerator, steps)
-            row["val"] = _validated(model, validate)
-            state.history.append(row)
-            for hook in hooks:
-                hook.on_epoch_end(state)
-            if checkpoint is not None:
-                resume.save(checkpoint, training, state, hooks, extra)
-            if on_epoch is not None:
-                on_epoch(row)
-        for hook in hooks:
-            hook.on_fit_end(state)
-        made.zero_grad(set_to_none=True)
+        with layout(model, device, chosen), _accelerator(device, chosen) as accelerator:
+            made, scheduler = build(optimizer, [*model.parameters(), *plan.extra], epochs * plan.steps)
+            state = TrainState(model, made, scheduler, epochs=epochs, total_steps=epochs * plan.steps)
+            if checkpoint is not None and stored is not None:
+                resume.restore(checkpoint, stored, settings, state, plan.hooks, plan.extra)
+            for hook in plan.hooks:
+                hook.on_fit_start(state)
+            while state.epoch < epochs:
+                row = _epoch(state, plan, accelerator)
+                row["val"] = _validated(model, validate)
+                state.history.append(row)
+                for hook in plan.hooks:
+                    hook.on_epoch_end(state)
+                if checkpoint is not None:
+                    resume.save(checkpoint, settings, state, plan.hooks, plan.extra)
+                if on_epoch is not None:
+                    on_epoch(row)
+            for hook in plan.hooks:
+                hook.on_fit_end(state)
+            made.zero_grad(set_to_none=True)
     model.eval()
     return state.history
 
 
-def _epoch(
-    state: TrainState,
-    batches: DataLoader[Any],
-    objective: Objective,
-    hooks: Sequence[Hook],
-    accelerator: Accelerator,
-    steps: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Plan:
+    """What stays the same throughout a training."""
+
+    batches: DataLoader[Any]
+    objective: Objective
+    hooks: tuple[Hook, ...]
+    extra: tuple[Parameter, ...]
+    epochs: int
+    steps: int
+    seed: int
+
+
+def _precision(
+    precision: Precision, model: nn.Module, device: torch.device, plan: _Plan, stored: Mapping[str, Any] | None
+) -> Literal["fp32", "bf16"]:
+    if precision != "auto":
+        return precision
+    if stored is not None:
+        chosen: Literal["fp32", "bf16"] = stored["training"]["precision"]
+        return chosen
+    _seed(plan.seed, 0, plan.batches)
+    return choose(model, device, lambda: plan.objective(model, send_to_device(next(iter(plan.batches)), device)))
+
+
+def _epoch(state: TrainState, plan: _Plan, accelerator: Accelerator) -> dict[str, Any]:
     """Run one epoch and return its row, without validation."""
+    state.epoch += 1
+    _seed(plan.seed, state.epoch, plan.batches)
     state.model.train()
     started = time.perf_counter()
     sums: dict[str, float] = {}
-    samples = 0
-    rate = 0.0
-    for index, raw in enumerate(batches):
-        if index >= steps:
-            break
+    samples, rate = 0, 0.0
+    for raw in islice(plan.batches, plan.steps):
         batch = send_to_device(raw, accelerator.device, non_blocking=True)
         rate = float(state.scheduler.get_last_lr()[0])
-        _step(state, batch, objective, hooks, accelerator)
-        size = find_batch_size(batch) or 1
+        _step(state, plan, batch, accelerator)
+        size = _size(batch)
         samples += size
         for name, value in state.terms.items():
             sums[name] = sums.get(name, 0.0) + value * size
@@ -173,15 +190,12 @@ def _epoch(
     }
 
 
-def _step(
-    state: TrainState, batch: Batch, objective: Objective, hooks: Sequence[Hook], accelerator: Accelerator
-) -> None:
-    for hook in hooks:
+def _step(state: TrainState, plan: _Plan, batch: Batch, accelerator: Accelerator) -> None:
+    for hook in plan.hooks:
         hook.on_step_start(state)
     state.optimizer.zero_grad(set_to_none=True)
     with accelerator.autocast():
-        terms = objective(state.model, batch)
-        loss = torch.stack([term.float() for term in terms.values()]).sum()
+        terms = plan.objective(state.model, batch)
     state.terms = {name: float(term.detach()) for name, term in terms.items()}
     if not math.isfinite(sum(state.terms.values())):
         shown = ", ".join(f"{name} = {value:g}" for name, value in state.terms.items())
@@ -189,13 +203,13 @@ def _step(
             f"the loss is not finite at epoch {state.epoch}, step {state.step + 1} ({shown}); lower the learning rate "
             f"(now {state.scheduler.get_last_lr()[0]:g}), clip gradients (ClipGradients), or look for NaN in the data"
         )
-    accelerator.backward(loss)
-    for hook in hooks:
+    accelerator.backward(torch.stack([term.float() for term in terms.values()]).sum())
+    for hook in plan.hooks:
         hook.on_gradients(state)
     state.optimizer.step()
     state.scheduler.step()
     state.step += 1
-    for hook in hooks:
+    for hook in plan.hooks:
         hook.on_step_end(state)
 
 
@@ -209,7 +223,10 @@ def _validated(model: nn.Module, validate: Callable[[nn.Module], Mapping[str, fl
 
 def _steps(model: nn.Module, batches: DataLoader[Any]) -> int:
     """Return the number of batches to use of each epoch."""
-    count = len(batches)
+    try:
+        count = len(batches)
+    except TypeError as error:
+        raise SlivoError("the loader has no length, which the schedule needs; give its data set a __len__") from error
     if count == 0:
         raise SlivoError("there are no batches to train on; the data is empty, or smaller than one whole batch")
     if count == 1 or batches.batch_size in (None, 1) or batches.drop_last:
@@ -220,8 +237,12 @@ def _steps(model: nn.Module, batches: DataLoader[Any]) -> int:
     return count - 1 if lone and has_batch_norm else count
 
 
-def _first(batches: DataLoader[Any], device: torch.device) -> Batch:
-    return send_to_device(next(iter(batches)), device)
+def _size(batch: Batch) -> int:
+    """Return the number of samples in a batch: the leading dimension of its first tensor, or 1 without any."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    return next((_size(item) for item in items if isinstance(item, Tensor | Mapping | tuple | list)), 1)
 
 
 def _seed(seed: int, epoch: int, batches: DataLoader[Any]) -> None:
@@ -230,13 +251,13 @@ def _seed(seed: int, epoch: int, batches: DataLoader[Any]) -> None:
     random.seed(word)
     np.random.seed(word)
     torch.manual_seed(word)
-    for owner in (batches, batches.sampler):
+    for owner in (batches, batches.sampler, batches.batch_sampler):
         generator = getattr(owner, "generator", None)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(word)
-    tell = getattr(batches.sampler, "set_epoch", None)
-    if tell is not None:
-        tell(epoch)
+        set_epoch = getattr(owner, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
 
 
 @contextmanager
@@ -256,24 +277,19 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _accelerator(device: torch.device) -> Iterator[Callable[[str], Accelerator]]:
-    """Give a maker of an Accelerator on a device, whatever Accelerate was set to before, and put that back."""
+def _accelerator(device: torch.device, precision: Literal["fp32", "bf16"]) -> Iterator[Accelerator]:
+    """Give an Accelerator on a device, whatever Accelerate was set to before, and put that back afterwards."""
     shared = [kind._shared_state for kind in (AcceleratorState, PartialState, GradientState)]
     before = [dict(state) for state in shared]
     for state in shared:
         state.clear()
-
-    def make(precision: str) -> Accelerator:
-        mixed = "bf16" if precision == "bf16" else "no"
-        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+    try:
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
         if accelerator.num_processes > 1:
             raise SlivoError("fit trains in one process; start it without a distributed launcher")
         # Accelerate takes the first GPU; the model may be on another.
         accelerator.state.device = device
-        return accelerator
-
-    try:
-        yield make
+        yield accelerator
     finally:
         for state, values in zip(shared, before, strict=True):
             state.clear()

@@ -111,7 +111,7 @@ def lr_share(spec: OptimizerSpec, step: int, *, total_steps: int) -> float:
     if step < rise:
         share = step / rise
         return _between(1 / 25, 1.0, share if spec.schedule == "cosine" else _eased(share))
-    return _between(1.0, 1e-4, _eased(min(1.0, (step - rise) / max(total_steps - rise, 1))))
+    return _between(1.0, 1e-4, _eased(min(1.0, (step - rise) / (total_steps - rise))))
 
 
 def _eased(share: float) -> float:
@@ -119,4 +119,4 @@ def _eased(share: float) -> float:
 
 
 def _between(start: float, end: float, share: float) -> float:
-    return start + (end - start) * share
+    return start * (1 - share) + end * share

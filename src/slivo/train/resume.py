@@ -15,13 +15,16 @@ from slivo.train.checkpoint import read, write
 from slivo.train.hooks import Hook, TrainState
 
 
-def load(checkpoint: Path | None) -> dict[str, Any] | None:
-    """Read a checkpoint if there is one; it becomes an obstacle to say so if the path is a folder."""
-    if checkpoint is None or not Path(checkpoint).exists():
+def load(checkpoint: Path) -> dict[str, Any] | None:
+    """Read a training's checkpoint if there is one."""
+    if not Path(checkpoint).exists():
         return None
     if Path(checkpoint).is_dir():
         raise ArtifactError(f"checkpoint {checkpoint} is a folder; give a file")
-    return read(checkpoint)
+    stored = read(checkpoint)
+    if "training" not in stored:
+        raise ArtifactError(f"checkpoint {checkpoint} is none of a training; give another path")
+    return stored
 
 
 def save(
@@ -73,7 +76,10 @@ def restore(
     with torch.no_grad():
         for name, tensor in here.items():
             tensor.copy_(there[name])
-    state.optimizer.load_state_dict(stored["optimizer"])
+    try:
+        state.optimizer.load_state_dict(stored["optimizer"])
+    except ValueError as error:
+        raise _foreign(checkpoint, f"other parameters are trained: {error}") from error
     state.scheduler.load_state_dict(stored["scheduler"])
     state.epoch, state.step, state.history = stored["epoch"], stored["step"], stored["history"]
     device = next((tensor.device for tensor in here.values()), torch.device("cpu"))
