@@ -6,7 +6,7 @@ import functools
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -175,7 +175,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     inference.parameters = tuple(parameters)
     inference.ties.extend(_shared_attributes(model, inference))
     ties = _ties(inference)
-    members = _members(inference)
+    members = _members(inference, parameters)
     names = _names(members, inference)
     batch = _batch(example_inputs)
     axes = tuple(
@@ -220,7 +220,7 @@ def _learn_from_training(model: nn.Module, example_inputs: ExampleInputs, infere
         inference.unknown[name] = max(count, inference.unknown.get(name, 0))
 
 
-def _members(inference: Inference) -> dict[Var, list[Member]]:
+def _members(inference: Inference, parameters: Container[str]) -> dict[Var, list[Member]]:
     """Collect the members of each axis; the windows of kernels are no axes."""
     members: dict[Var, list[Member]] = {}
     for name, dims in inference.tensors.items():
@@ -229,6 +229,8 @@ def _members(inference: Inference) -> dict[Var, list[Member]]:
                 members.setdefault(axis, []).append(Member(name, dim, index, term in inference.reads))
     for axis, where in members.items():
         tensors = [member.tensor for member in where]
+        if axis.fixed is None and not any(tensor in parameters for tensor in tensors):
+            axis.fixed = "no parameter has it"
         if axis.fixed is None and len(set(tensors)) < len(tensors) and _overlaps(where):
             axis.fixed = "occurs in two dimensions of one tensor that are cut apart"
     return {axis: where for axis, where in members.items() if "window" not in (axis.fixed or "")}

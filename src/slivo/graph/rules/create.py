@@ -70,6 +70,9 @@ def same(t: Inference, x: Any, *args: Any, **kwargs: Any) -> Dims:
     aten.imag,
     aten.complex,
     aten.polar,
+    aten.__and__,
+    aten.__or__,
+    aten.__xor__,
 )
 def broadcasting(t: Inference, *args: Any, **kwargs: Any) -> Dims:
     """Operators that broadcast, though PyTorch does not tag them as pointwise."""

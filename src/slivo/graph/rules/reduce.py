@@ -93,6 +93,15 @@ def running(t: Inference, x: Any, dim: Any = 0, *args: Any, **kwargs: Any) -> Di
     return t.of(x)
 
 
+@rule(aten.diff)
+def diff(t: Inference, x: Any, n: int = 1, dim: int = -1, *args: Any, **kwargs: Any) -> Dims:
+    """Neighbors are subtracted, so the dimension is fixed."""
+    dims = list(t.of(x))
+    t.fix([dims[dim]], "depends on the order")
+    dims[dim] = t.fresh([t.output()[dim]], "depends on the order")[0]
+    return tuple(dims)
+
+
 @rule(aten.topk, aten.kthvalue)
 def ranking(t: Inference, x: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> list[Dims | None]:
     """Positions are given out as indices, so they are fixed; the ranks are a new dimension."""
