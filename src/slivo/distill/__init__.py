@@ -1,0 +1,131 @@
+"""Distillation: train a student on what a teacher says, by losses on logits, activations and relations."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from slivo.distill.classes import ClassMap
+from slivo.distill.objective import Distillation, Term, distillation
+from slivo.distill.taps import tap
+from slivo.distill.teacher import doubt
+from slivo.measure import quality
+from slivo.tasks import Task, forward, loader
+from slivo.train import Hook, OptimizerSpec, Precision, fit
+
+__all__ = ["ClassMap", "Distillation", "Result", "Term", "distill", "distillation", "tap"]
+
+# A tenth of the learning rate from scratch: the student starts from weights that are worth keeping.
+_FINE_TUNING = OptimizerSpec(lr=0.01)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a distillation gives.
+
+    Attributes:
+        model: The trained student, in evaluation mode; its edits are the student's.
+        history: One row an epoch, as `slivo.train.fit` returns them.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    task: Task,
+    losses: Sequence[Term],
+    *,
+    epochs: int,
+    optimizer: OptimizerSpec = _FINE_TUNING,
+    batch_size: int = 64,
+    label_weight: float = 0.1,
+    class_map: ClassMap | None = None,
+    seed: int = 0,
+    hooks: Sequence[Hook] = (),
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
+    precision: Precision = "auto",
+) -> Result:
+    """Train a copy of the student to do as the teacher does.
+
+    Args:
+        student: The model to start from, on the device to train on; left untouched.
+        teacher: The model to learn from; left untouched.
+        task: Data, inputs, and the loss on labels.
+        losses: What is compared; see `slivo.losses`. ``[slivo.losses.kd(weight=0.9)]`` is a good start.
+        epochs: Passes over the training data.
+        optimizer: Optimizer and schedule. A learning rate of 0.01 suits a student cut out of the teacher; 0.1 one
+            that starts from random weights.
+        batch_size: Samples in a batch. Relations between samples (``rkd_distance``, ``sp``) need 64 or more.
+        label_weight: Weight of the task's own loss; with 0 the labels are not used.
+        class_map: Which classes are shared, if student and teacher have different ones.
+        seed: Of the data's order, the adapters, and everything random in the training.
+        hooks: Hooks of the training, such as gradual pruning.
+        checkpoint: A file that is written after each epoch and resumed from.
+        on_epoch: Gets each row once its epoch is done.
+        precision: As in `slivo.train.fit`.
+
+    Returns:
+        The trained copy, and one row an epoch with each loss by name and the metrics on the validation data.
+
+    Raises:
+        RecipeError: If there are no losses, or an option is out of range.
+        ShapeError: If the models do not fit each other; says what to map or adapt.
+        SlivoError: If a path does not exist, or the teacher changed.
+
+    Example:
+        >>> from slivo import losses
+        >>> from slivo.tasks import classification
+        >>> data = torch.utils.data.TensorDataset(torch.eye(4), torch.arange(4) % 2)
+        >>> task = classification("eye", data, data, data, classes="ab", example_inputs=(torch.eye(4)[:2],))
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch._C.Generator ...>
+        >>> result = distill(nn.Linear(4, 2), nn.Linear(4, 2), task, [losses.kd()], epochs=2)
+        >>> list(result.history[-1]["terms"])
+        ['labels', 'kd']
+    """
+    model = _copied(student)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if any(tensor.device != device for tensor in (*teacher.parameters(), *teacher.buffers())):
+        teacher = _copied(teacher).to(device)
+    objective = distillation(
+        teacher, partial(forward, task), task.loss, losses, label_weight=label_weight, class_map=class_map
+    )
+    batch = next(iter(loader(task, "train", batch_size=min(batch_size, 8))))
+    with objective:
+        objective.prepare(model, pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch), seed=seed)
+        if task.primary == "accuracy" and class_map is None:
+            doubt(quality(teacher, task, "val")["accuracy"], 1 / len(task.classes))
+        history = fit(
+            model,
+            loader(task, "train", batch_size=batch_size, seed=seed),
+            objective,
+            epochs=epochs,
+            optimizer=optimizer,
+            hooks=hooks,
+            validate=lambda model: quality(model, task, "val"),
+            seed=seed,
+            precision=precision,
+            checkpoint=checkpoint,
+            on_epoch=on_epoch,
+            extra_parameters=objective.parameters(),
+        )
+    return Result(model, history)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # copies of captured graphs warn of PyTorch's own code
+        return copy.deepcopy(model)

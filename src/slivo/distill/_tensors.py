@@ -1,0 +1,97 @@
+"""Arithmetic that the losses share; everything in float32 at least, whatever autocast says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slivo.errors import RecipeError, ShapeError
+
+
+def positive(name: str, value: float) -> None:
+    """Refuse an option that is not a number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise RecipeError(f"{name} is {value}; it must be a number above 0")
+
+
+def share(name: str, value: float, *, zero: bool, one: bool) -> None:
+    """Refuse an option that is not between 0 and 1, either end included or not."""
+    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
+        ends = f"{'0 included' if zero else '0 excluded'}, {'1 included' if one else '1 excluded'}"
+        raise RecipeError(f"{name} is {value}; it must be between 0 and 1 ({ends})")
+
+
+def widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in the wider of their types, float32 at least, the teacher cut off from its gradient."""
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    return student.to(dtype), teacher.detach().to(dtype)
+
+
+def same_batch(student: Tensor, teacher: Tensor, *, least: int) -> None:
+    """Refuse tensors of different numbers of samples, or of fewer dimensions than a loss needs."""
+    if min(student.dim(), teacher.dim()) < least or len(student) != len(teacher):
+        raise ShapeError(
+            f"student {shape(student)} and teacher {shape(teacher)} do not fit: both need {least} dimensions or more, "
+            "of which the first is the batch and of one size"
+        )
+
+
+def shape(tensor: Tensor) -> str:
+    """Return a shape for messages."""
+    return str(tuple(tensor.shape))
+
+
+def gram(first: Tensor, second: Tensor) -> Tensor:
+    """Return the products of all rows of two (stacks of) matrices, not rounded by autocast."""
+    with torch.autocast(first.device.type, enabled=False):
+        return first @ second.transpose(-1, -2)
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """Scale to Euclidean norm 1 over the last dimension; zeros stay zeros and get no gradient.
+
+    Scaled by the largest entry first, so that squares neither overflow nor vanish. The scale may be cut off from the
+    gradient because the result does not depend on it.
+    """
+    largest = tensor.detach().abs().amax(-1, keepdim=True)
+    scaled = tensor / torch.where(largest > 0, largest, 1.0)
+    squares = scaled.square().sum(-1, keepdim=True)
+    return scaled * torch.where(squares > 0, squares, 1.0).rsqrt()
+
+
+def center(tensor: Tensor, left_out: Tensor | None = None) -> Tensor:
+    """Subtract the mean over the last dimension; what is constant up to rounding becomes exactly 0.
+
+    Otherwise a norm taken afterwards would blow the rounding errors up.
+
+    Args:
+        tensor: Any float tensor.
+        left_out: True where an entry does not count; it becomes 0.
+    """
+    counted = tensor if left_out is None else tensor.masked_fill(left_out, 0.0)
+    count = tensor.shape[-1] if left_out is None else (~left_out).sum(-1, keepdim=True).clamp(min=1)
+    centered = counted - counted.sum(-1, keepdim=True) / count
+    if left_out is not None:
+        centered = centered.masked_fill(left_out, 0.0)
+    noise = 8 * torch.finfo(tensor.dtype).eps * counted.detach().abs().amax(-1, keepdim=True)
+    return centered.masked_fill(centered.detach().abs().amax(-1, keepdim=True) <= noise, 0.0)
+
+
+def nothing(student: Tensor) -> Tensor:
+    """Return a loss of 0, for a batch too small to have relations, such as the last of an epoch."""
+    return student.flatten()[:0].to(torch.promote_types(student.dtype, torch.float32)).sum()
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """Return what a model's or module's output is about: its logits, or else the first tensor in it."""
+    if isinstance(output, Tensor):
+        return output
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    items = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return next((found for found in map(first_tensor, items) if found is not None), None)

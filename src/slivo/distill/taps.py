@@ -1,0 +1,113 @@
+"""Taps: what modules inside a model put out, by their path, without a change of the model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from slivo.distill._tensors import first_tensor
+from slivo.errors import SlivoError
+
+
+@contextmanager
+def tap(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of modules while a model runs.
+
+    The hooks are there only inside the ``with``, also if it ends by an error, so that the model can be copied, saved,
+    and its modules replaced in between. A copy that is made inside collects nothing.
+
+    Args:
+        model: The model.
+        paths: Qualified names of modules, as in ``model.named_modules()``.
+
+    Yields:
+        A dict that fills as the model runs: by path the module's output, or the first tensor in it. It is a copy,
+        which operations in place (such as ``ReLU(inplace=True)`` behind the module) do not change. A module that runs
+        more than once gives its last output.
+
+    Raises:
+        SlivoError: If there is no module of a path (names the nearest), or a module puts out no tensor.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(inplace=True))
+        >>> with tap(net, ["0"]) as seen:
+        ...     _ = net(torch.ones(1, 2))
+        >>> seen["0"].shape
+        torch.Size([1, 3])
+    """
+    seen: dict[str, Tensor] = {}
+    handles = []
+    try:
+        for path in paths:
+            match(model, path)
+            module = model.get_submodule(path)
+            handles.append(module.register_forward_hook(_keeper(path, module, seen)))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def match(model: nn.Module, pattern: str, *, role: str = "model") -> list[str]:
+    """Return the paths of the modules that a pattern matches, in the model's order.
+
+    Args:
+        model: The model.
+        pattern: A path such as ``"layer1.0"``, in which ``*`` stands for any part of one name and ``**`` for any part
+            of the path. ``""`` is the model itself.
+        role: How to call the model in messages.
+
+    Raises:
+        SlivoError: If nothing matches; names the nearest paths.
+
+    Example:
+        >>> match(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "*")
+        ['0', '1']
+    """
+    if "*" not in pattern and _has(model, pattern):
+        return [pattern]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    parts = re.split(r"(\*\*|\*)", pattern)
+    expression = "".join({"**": ".*", "*": "[^.]*"}.get(part, re.escape(part)) for part in parts)
+    found = [name for name in names if re.fullmatch(expression, name) and (name or not pattern)]
+    if not found:
+        raise SlivoError(f"the {role} ({type(model).__name__}) has no module {pattern!r}; {_near(names, pattern)}")
+    return found
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _keeper(path: str, tapped: nn.Module, seen: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        # A deep copy of a model takes its hooks along.
+        if module is not tapped:
+            return
+        tensor = first_tensor(output)
+        if tensor is None:
+            raise SlivoError(f"module {path!r} puts out {type(output).__name__} without a tensor; tap another module")
+        seen[path] = tensor.clone()
+
+    return keep
+
+
+def _near(names: list[str], pattern: str) -> str:
+    """Return a hint at paths like one that is not there."""
+    last = pattern.rpartition(".")[2]
+    same = [name for name in names if name and name.rpartition(".")[2] == last]
+    near = [*dict.fromkeys([*same[:3], *difflib.get_close_matches(pattern, names, n=3)])]
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    top = [name for name in names if name and "." not in name]
+    return f"at the top there are {', '.join(top[:8])}{' ...' if len(top) > 8 else ''}" if top else "it has none"

@@ -1,0 +1,212 @@
+"""The losses of distillation by name: ``slivo.losses.kd(temperature=4, weight=0.9)`` is a term of an objective.
+
+What there is, and with which options, comes from the functions themselves: every public function of
+`slivo.distill.logits`, `slivo.distill.features` and `slivo.distill.relations` is a loss. Each builder takes the
+function's options, and besides ``weight``, ``at`` (needed by all but the losses on logits, which compare the models'
+outputs unless told otherwise) and, for logits, ``class_map``.
+
+Example:
+    >>> from slivo import losses
+    >>> term = losses.hint(at="layer1", weight=100)
+    >>> term.name, term.at, term.weight
+    ('hint', 'layer1', 100.0)
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any, get_type_hints
+
+import torch
+
+from slivo.distill import features, logits, relations
+from slivo.distill.classes import ClassMap
+from slivo.distill.objective import Term, supplied
+from slivo.errors import RecipeError, ShapeError
+
+__all__ = ["Loss", "build", "describe", "names"]
+
+_REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What there is to say of a loss.
+
+    Attributes:
+        name: Its name in recipes and in this module.
+        summary: The first line of its documentation.
+        parameters: Its options, as ``"temperature: float = 4.0"``; those without a default must be given.
+    """
+
+    name: str
+    summary: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Option:
+    kind: str
+    default: object
+
+    def __str__(self) -> str:
+        return self.kind if self.default is _REQUIRED else f"{self.kind} = {self.default!r}"
+
+
+def names() -> list[str]:
+    """Return the names of the losses.
+
+    Example:
+        >>> "kd" in names()
+        True
+    """
+    return sorted(_functions())
+
+
+def describe() -> list[Loss]:
+    """Return name, first line and options of each loss, in the order of `names`.
+
+    Example:
+        >>> next(loss for loss in describe() if loss.name == "kd").parameters
+        ('temperature: float = 4.0', 'weight: float = 1.0', "at: path = ''", 'class_map: indices = None')
+    """
+    found = []
+    for name, function in sorted(_functions().items()):
+        options = tuple(f"{option}: {value}" for option, value in _options(function).items())
+        found.append(Loss(name, (inspect.getdoc(function) or "").partition("\n")[0], options))
+    return found
+
+
+def build(spec: Mapping[str, Mapping[str, Any] | None]) -> Term:
+    """Make a term of what a recipe says.
+
+    Args:
+        spec: One name with its options, such as ``{"kd": {"temperature": 4, "weight": 0.9}}``; None for no options.
+
+    Returns:
+        The term.
+
+    Raises:
+        RecipeError: If there is no such loss or option, or a value is of the wrong type or out of range.
+
+    Example:
+        >>> build({"kd": {"temperature": 2}}).params
+        {'temperature': 2.0}
+    """
+    if not isinstance(spec, Mapping) or len(spec) != 1:
+        raise RecipeError(f"a loss is {spec!r}; write one name with its options, as {{kd: {{weight: 0.9}}}}")
+    name, options = next(iter(spec.items()))
+    if name not in _functions():
+        raise RecipeError(f"no loss is called {name!r}; {_near(str(name), names())}")
+    if not isinstance(options, Mapping | None):
+        raise RecipeError(f"options of loss {name} are {options!r}; write names with values, as {{weight: 0.9}}")
+    return _term(_functions()[name], dict(options or {}))
+
+
+def __getattr__(name: str) -> Callable[..., Term]:
+    if name.startswith("_") or name not in _functions():
+        raise AttributeError(f"module 'slivo.losses' has no loss {name!r}; {_near(name, names())}")
+    function = _functions()[name]
+
+    def builder(**options: Any) -> Term:
+        return _term(function, options)
+
+    builder.__name__ = builder.__qualname__ = name
+    builder.__doc__ = inspect.getdoc(function)
+    return builder
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *names()])
+
+
+def _functions() -> dict[str, FunctionType]:
+    """Return the public functions of the modules that hold losses, by name."""
+    return {
+        name: value
+        for module in (logits, features, relations)
+        for name, value in vars(module).items()
+        if isinstance(value, FunctionType) and value.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+def _of(function: FunctionType, module: ModuleType) -> bool:
+    return function.__module__ == module.__name__
+
+
+def _options(function: FunctionType) -> dict[str, _Option]:
+    """Return the options of a builder: the function's keyword-only parameters, and a term's own."""
+    hints = get_type_hints(function)
+    options = {
+        name: _Option(hints[name].__name__, parameter.default)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    options["weight"] = _Option("float", 1.0)
+    options["at"] = _Option("path", "" if _of(function, logits) else _REQUIRED)
+    if _of(function, logits):
+        options["class_map"] = _Option("indices", None)
+    return options
+
+
+def _term(function: FunctionType, given: Mapping[str, Any]) -> Term:
+    options = _options(function)
+    place = function.__name__
+    for name in given:
+        if name not in options:
+            raise RecipeError(f"loss {place} has no option {name!r}; {_near(str(name), list(options))}")
+    missing = [name for name, option in options.items() if option.default is _REQUIRED and name not in given]
+    if missing:
+        raise RecipeError(f"loss {place} needs {missing[0]!r}: the path of the module to compare, such as at='layer1'")
+    values = {name: _value(f"{place}.{name}", options[name].kind, value) for name, value in given.items()}
+    own = {name: values.pop(name) for name in ("weight", "at", "class_map") if name in values}
+    _try(function, values)
+    return Term(function, values, **own)
+
+
+def _value(place: str, kind: str, value: Any) -> Any:
+    """Return a value in its type, or say which it must have."""
+    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind == "path":
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(path, str) for path in value):
+            return tuple(value)
+    if kind == "indices":
+        if value is None or isinstance(value, ClassMap):
+            return value
+        if isinstance(value, list | tuple):
+            try:
+                return ClassMap(tuple(value))
+            except ShapeError as error:
+                raise RecipeError(f"{place}: {error}") from error
+    wanted = {
+        "float": "a number",
+        "int": "a whole number",
+        "path": "a module's path, or two (student, teacher)",
+        "indices": "a list with the teacher's class for each of the student's, or null",
+    }
+    raise RecipeError(f"{place} is {value!r}; it must be {wanted.get(kind, kind)}")
+
+
+def _try(function: FunctionType, params: Mapping[str, Any]) -> None:
+    """Call a loss on a few numbers, so that it refuses options out of range now and not after hours."""
+    tensor = torch.eye(4).expand(4, 4, 4, 4)
+    extra = {"labels": torch.zeros(4, 4, 4, dtype=torch.int64), "adapter": None}
+    try:
+        function(tensor, tensor, *(extra[name] for name in supplied(function)), **params)
+    except RecipeError as error:
+        raise RecipeError(f"loss {function.__name__}: {error}") from error
+
+
+def _near(name: str, known: list[str]) -> str:
+    """Return a hint at the nearest names, or all."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
