@@ -24,6 +24,12 @@ _OPERATIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv3d: F.conv3d,
 }
 
+_INT32 = 2**31 - 128
+"""The greatest float32 that an int32 holds."""
+
+_LEAST = 1e-16
+"""The least scale; products of two are still exact numbers in float32."""
+
 QUANTIZABLE = tuple(_OPERATIONS)
 """The layers that `Quantize` can take; exactly these classes, because a subclass may compute something else."""
 
@@ -146,10 +152,8 @@ class QuantizedLayer(nn.Module):
         self.operation = _OPERATIONS[type(layer)]
         for name in layer.__constants__:  # sizes, strides and the like, which other modules may read
             setattr(self, name, getattr(layer, name))
-        weight, bias = layer.weight.detach().float(), layer.bias
-        codes, scale = encode(weight, spec.weight_bits, per_channel=spec.weight_axis is not None)
-        self.register_buffer("weight_codes", codes)
-        self.register_buffer("weight_scale", scale)
+        weight = layer.weight.detach().float()
+        bias = None if layer.bias is None else layer.bias.detach().float()
         for role, rounded, span in (
             ("input", spec.activation, ranges.activation),
             ("output", spec.output, ranges.output),
@@ -159,7 +163,14 @@ class QuantizedLayer(nn.Module):
                 device = weight.device
                 self.register_buffer(f"{role}_scale", torch.tensor(step, device=device))
                 self.register_buffer(f"{role}_zero_point", torch.tensor(zero_point, dtype=torch.uint8, device=device))
-        self.register_buffer("bias", None if bias is None else self._encode_bias(bias.detach().float()))
+        floor = None
+        if spec.activation is not None and bias is not None:
+            floor = bias.abs() / self.input_scale / _INT32
+            floor = floor if spec.weight_axis is not None else floor.amax().reshape(1)
+        codes, scale = encode(weight, spec.weight_bits, per_channel=spec.weight_axis is not None, floor=floor)
+        self.register_buffer("weight_codes", codes)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", None if bias is None else self._encode_bias(bias))
 
     @property
     def weight(self) -> Tensor:
@@ -205,13 +216,15 @@ class QuantizedLayer(nn.Module):
         if self.spec.activation is None:
             return bias
         codes = torch.round(bias.double() / self._bias_scale().double())
-        return codes.clamp(-(2**31) + 1, 2**31 - 1).to(torch.int32)
+        return codes.clamp(-_INT32, _INT32).to(torch.int32)
 
     def _bias_scale(self) -> Tensor:
         return (self.input_scale * self.weight_scale).expand(self.weight_codes.shape[0])
 
 
-def encode(weight: Tensor, bits: int, *, per_channel: bool = True) -> tuple[Tensor, Tensor]:
+def encode(
+    weight: Tensor, bits: int, *, per_channel: bool = True, floor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Round a weight to signed, symmetric codes ``round(w / scale)``.
 
     The scale is the one of least squared error among 0.5 to 1 times the scale that just covers the greatest entry:
@@ -221,6 +234,8 @@ def encode(weight: Tensor, bits: int, *, per_channel: bool = True) -> tuple[Tens
         weight: Shape (out, ...), float32.
         bits: Width of the codes, 2-8; they run from ``-(2 ** (bits - 1) - 1)`` to its opposite.
         per_channel: One scale for each entry of dimension 0, or one for the tensor.
+        floor: Least scales, of the scale's shape; those that a large bias next to tiny weights needs, for its codes
+            are counted in the weight's scale.
 
     Returns:
         Codes (int8, the weight's shape) and scale (float32, shape (out,) or (1,)).
@@ -236,12 +251,13 @@ def encode(weight: Tensor, bits: int, *, per_channel: bool = True) -> tuple[Tens
     """
     limit = 2 ** (_width(bits) - 1) - 1
     rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
-    cover = (rows.abs().amax(1, keepdim=True) / limit).clamp(min=torch.finfo(torch.float32).tiny)
+    cover = (rows.abs().amax(1, keepdim=True) / limit).clamp(min=_LEAST)
     scale, least = cover, torch.full_like(cover, torch.inf)
     for factor in torch.linspace(1.0, 0.5, 26).tolist():
         trial = cover * factor
         error = (rows - (rows / trial).round().clamp(-limit, limit) * trial).square().sum(1, keepdim=True)
         scale, least = torch.where(error < least, trial, scale), torch.minimum(error, least)
+    scale = scale if floor is None else torch.maximum(scale, floor[:, None])
     codes = (rows / scale).round().clamp(-limit, limit).to(torch.int8)
     return codes.reshape(weight.shape), scale.flatten()
 
@@ -259,7 +275,7 @@ def affine(span: tuple[float, float], bits: int) -> tuple[float, int]:
     """
     levels = 2 ** _width(bits) - 1
     low, high = min(0.0, span[0]), max(0.0, span[1])
-    scale = max((high - low) / levels, 1e-12)
+    scale = max((high - low) / levels, _LEAST) if high > low else 1.0
     return scale, min(levels, max(0, round(-low / scale)))
 
 

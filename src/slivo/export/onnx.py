@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ either, and later layers carry that on. It is far below what kernels that overfl
 
 Array = NDArray[Any]
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
 
 def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: ExampleInputs) -> Path:
     """Write a model as one ONNX file with a free batch size, and check it against the model.
@@ -57,12 +61,14 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Examp
             the 2 GB that one file can hold, or the file cannot be written; no file is left then.
     """
     require("onnxscript", extra="export", why="export to ONNX")
-    path, args, kwargs = Path(path), *as_args(example_inputs)
-    args, kwargs = _batch(args, kwargs, lambda x: torch.cat([x, x]) if len(x) == 1 else x)
+    path, call = Path(path), as_args(example_inputs)
+    _check_place(path)
+    if _batch_size(call) == 1:  # a size of one would be taken for a constant
+        call = _enlarged(call)
     with evaluating(model), torch.no_grad():
-        content = _convert(model, args, kwargs)
-        _check(model, content, args, kwargs)
-        _check(model, content, *_batch(args, kwargs, lambda x: torch.cat([x, x[:1]])))
+        content = _convert(model, call)
+        for inputs in (call, _enlarged(call)):
+            _check(model, content, inputs)
     _write(path, content)
     return path
 
@@ -92,7 +98,7 @@ def _open(source: str | bytes, threads: int) -> Callable[..., list[Array]]:
         session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         name = source if isinstance(source, str) else "the exported model"
-        raise SlivoError(f"ONNX Runtime cannot read {name}: {_first_line(error)}") from error
+        raise SlivoError(f"ONNX Runtime cannot read {name}: {_reason(error)}") from error
     names = [each.name for each in session.get_inputs()]
 
     def run(*inputs: Array) -> list[Array]:
@@ -102,13 +108,12 @@ def _open(source: str | bytes, threads: int) -> Callable[..., list[Array]]:
     return run
 
 
-def _convert(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+def _convert(model: nn.Module, call: Inputs) -> bytes:
     """Return the model as the bytes of an ONNX file."""
+    args, kwargs = call
     with _quiet():
         try:
-            program = torch.export.export(
-                model, args, kwargs, dynamic_shapes=_free_batch(model, args, kwargs), strict=False
-            )
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=_free_batch(model, call), strict=False)
             converted = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -121,7 +126,7 @@ def _convert(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             proto = converted.model_proto
         except Exception as error:
             raise SlivoError(
-                f"{type(model).__name__} cannot be exported to ONNX with a free batch size: {_first_line(error)}"
+                f"{type(model).__name__} cannot be exported to ONNX with a free batch size: {_reason(error)}"
             ) from error
     return _serialize(proto)
 
@@ -148,23 +153,30 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """
     from onnxscript import ir, opset18
 
-    ops = torch.ops.quantized_decomposed
+    ops, opset = torch.ops.quantized_decomposed, opset18
+
+    def constant(value: Any) -> Any:
+        tensor: Any = ir.tensor(value)  # the stubs ask for another class, which is taken as well
+        return opset.Constant(value=tensor)
 
     def quantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, dtype: int) -> Any:
-        del low, dtype
-        top = 255
-        clipped = x if high == top else opset18.Min(x, opset18.Mul(scale, float(high)))
-        return opset18.QuantizeLinear(clipped, scale, zero_point)
+        del dtype
+        codes = opset.QuantizeLinear(x, scale, zero_point)
+        if (low, high) == (0, 255):
+            return codes
+        return opset.Clip(codes, constant(np.uint8(low)), constant(np.uint8(high)))
 
     def dequantize(x: Any, scale: Any, zero_point: Any, low: int, high: int, dtype: int) -> Any:
         del low, high, dtype
-        return opset18.DequantizeLinear(x, scale, zero_point)
+        return opset.DequantizeLinear(x, scale, zero_point)
 
     def dequantize_rows(x: Any, scale: Any, zero_point: None, axis: int, low: int, high: int, dtype: int) -> Any:
         del zero_point, low, high
+        if ir.DataType(dtype) == ir.DataType.INT32:  # a bias
+            return opset.DequantizeLinear(x, scale, axis=axis)
         # Zeros, although they are the default: without them ONNX Runtime does not use its integer matrix products.
-        zeros: Any = ir.tensor(np.zeros(tuple(scale.shape), ir.DataType(dtype).numpy()))
-        return opset18.DequantizeLinear(x, scale, opset18.Constant(value=zeros), axis=axis)
+        zeros = np.zeros(tuple(scale.shape), ir.DataType(dtype).numpy())
+        return opset.DequantizeLinear(x, scale, constant(zeros), axis=axis)
 
     return {
         ops.quantize_per_tensor.tensor: quantize,
@@ -173,51 +185,52 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
-def _batch(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Change the batch size of all tensors among the arguments."""
-    changed: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
-        Tensor, lambda x: change(x) if x.dim() else x, (args, kwargs)
-    )
-    return changed
+def _batch_size(call: Inputs) -> int:
+    """Return the first dimension of the first tensor."""
+    return next((len(x) for x in pytree.tree_leaves(call) if isinstance(x, Tensor) and x.dim()), 0)
 
 
-def _free_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Say for every argument that the first dimension of its tensors is free."""
-
-    def free(value: Any) -> Any:
-        return pytree.tree_map(
-            lambda x: {0: torch.export.Dim.DYNAMIC} if isinstance(x, Tensor) and x.dim() else None, value
-        )
-
-    if not kwargs:
-        return tuple(free(value) for value in args)
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return {name: free(value) for name, value in bound.items()}
+def _is_batch(x: object, size: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0 and len(x) == size
 
 
-def _check(model: nn.Module, content: bytes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _enlarged(call: Inputs) -> Inputs:
+    """Repeat the first sample at the end of the batch."""
+    size = _batch_size(call)
+    larger: Inputs = pytree.tree_map(lambda x: torch.cat([x, x[:1]]) if _is_batch(x, size) else x, call)
+    return larger
+
+
+def _free_batch(model: nn.Module, call: Inputs) -> Any:
+    """Say for every argument whether the first dimension of its tensors is free."""
+    size = _batch_size(call)
+    args, kwargs = pytree.tree_map(lambda x: {0: torch.export.Dim.DYNAMIC} if _is_batch(x, size) else None, call)
+    return inspect.signature(model.forward).bind(*args, **kwargs).arguments if kwargs else args
+
+
+def _check(model: nn.Module, content: bytes, call: Inputs) -> None:
     """Compare what ONNX Runtime makes of the file with what the model does."""
-    inputs = [x.cpu().numpy() for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    args, kwargs = call
+    expected = [x.cpu().numpy() for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
+    inputs = [x.cpu().numpy() for x in pytree.tree_leaves(call) if isinstance(x, Tensor)]
+    run = _open(content, threads=1)
     try:
-        outputs = _open(content, threads=1)(*inputs)
-    except SlivoError:
-        raise
+        pairs = list(zip(run(*inputs), expected, strict=True))
     except Exception as error:
-        raise SlivoError(f"ONNX Runtime cannot run the exported model: {_first_line(error)}") from error
-    expected = [x.cpu() for x in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(x, Tensor)]
+        raise SlivoError(
+            f"ONNX Runtime cannot run the exported model on a batch of {_batch_size(call)}: {_reason(error)}"
+        ) from error
     quantized = any(isinstance(module, QuantizedLayer) for module in model.modules())
-    for index, (found, wanted) in enumerate(zip(outputs, expected, strict=True)):
-        error_, limit = difference(found, wanted.numpy(), quantized=quantized)
-        if not error_ <= limit:
+    for index, (found, wanted) in enumerate(pairs):
+        gap, limit = difference(found, wanted, quantized=quantized)
+        if not gap <= limit:
             raise SlivoError(
-                f"the exported model computes something else: output {index} differs by {error_:.2g} of its size, "
+                f"the exported model computes something else: output {index} differs by {gap:.2g} of its size, "
                 f"{limit:g} is allowed" + (_OVERFLOW if quantized else "")
             )
 
 
-_OVERFLOW = "; this processor's integer kernels overflow with eight-bit weights: quantize to weight_bits=7"
+_OVERFLOW = "; integer kernels of this processor may overflow with eight-bit weights: quantize to weight_bits=7"
 
 
 def difference(found: Array, wanted: Array, *, quantized: bool) -> tuple[float, float]:
@@ -230,12 +243,24 @@ def difference(found: Array, wanted: Array, *, quantized: bool) -> tuple[float, 
     """
     if found.shape != wanted.shape:
         return float("inf"), 0.0
-    gap, size = found.astype(np.float64) - wanted, np.abs(wanted.astype(np.float64))
-    if not gap.size:
-        return 0.0, 0.0
+    # Where both are the same there is no gap; infinities too, such as masked scores.
+    with np.errstate(invalid="ignore"):
+        gap = np.where(found == wanted, 0.0, np.asarray(found, np.float64) - wanted)
+    size = np.abs(wanted[np.isfinite(wanted)].astype(np.float64))
+    if not size.size:
+        return float(np.abs(gap).max(initial=0.0)), 0.0
     if quantized:
         return float(np.sqrt((gap**2).mean()) / max(np.sqrt((size**2).mean()), 1e-6)), QUANTIZED_TOLERANCE
     return float(np.abs(gap).max() / max(size.max(), 1e-6)), FLOAT_TOLERANCE
+
+
+def _check_place(path: Path) -> None:
+    """Say before the work is done that a file cannot be written where a folder is, or under a file."""
+    if path.is_dir():
+        raise SlivoError(f"{path} is a folder; give the path of a file, such as {path / 'model.onnx'}")
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise SlivoError(f"{path} cannot be written: {above} is a file, not a folder")
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -258,18 +283,21 @@ def _write(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings, which are about its own insides, from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep PyTorch's warnings, logs and prints, which are about the exporter's own insides, from the user."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        # Some failures print whole graphs.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(disabled)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    """Return the first line of what an error goes back to; exporters wrap it in advice to their own authors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

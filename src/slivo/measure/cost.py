@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -73,7 +74,7 @@ def size_bytes(model: nn.Module) -> int:
     """Return the bytes of the model's tensors as a safetensors file; tied ones count once."""
     names = canonical_names(model)
     tensors = {
-        name: tensor.detach().cpu().contiguous()
+        name: tensor.detach().cpu().contiguous().clone()  # views of one storage are refused
         for name, tensor in (
             *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False),
         )
@@ -95,7 +96,7 @@ def _plain_kernels() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about settings that `flags` reads and writes, and we do not use
-            with torch.backends.mkldnn.flags(enabled=False):
+            with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
                 yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from slivo.edits.quantize import NORMS, QUANTIZABLE
-from slivo.graph.capture import Capture, canonical_names
+from slivo.graph.capture import Capture
 
 aten = torch.ops.aten
 
@@ -45,11 +45,11 @@ class Plan:
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that could be quantized: of the right classes, with weights of their own."""
-    shares = Counter(canonical_names(model).values())
+    owners = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) in QUANTIZABLE and shares[f"{name}.weight".lstrip(".")] == 1
+        if type(module) in QUANTIZABLE and owners[id(module.weight)] == 1
     }
 
 

@@ -82,7 +82,8 @@ def int8_static(model: nn.Module, found: Plan, batches: Sequence[Any], weight_bi
         for name, positive in found.rounded.items()
     }
     observe(model, [*inputs.values(), *outputs.values()], batches)
-    specs = {name: QuantSpec(weight_bits or 7, 0, spec, spec if name in outputs else None) for name in found.layers}
+    bits = 7 if weight_bits is None else weight_bits
+    specs = {name: QuantSpec(bits, 0, spec, spec if name in outputs else None) for name in found.layers}
     ranges = {
         name: Ranges(
             best_range(inputs[name], spec.bits),
@@ -96,7 +97,8 @@ def int8_static(model: nn.Module, found: Plan, batches: Sequence[Any], weight_bi
 def int8_weights(model: nn.Module, found: Plan, batches: Sequence[Any], weight_bits: int | None) -> Quantize:
     """Weights as integers, decoded when they are used."""
     del model, batches
-    return Quantize({name: QuantSpec(weight_bits or 8) for name in found.layers}, found.folded)
+    bits = 8 if weight_bits is None else weight_bits
+    return Quantize({name: QuantSpec(bits) for name in found.layers}, found.folded)
 
 
 SCHEMES: Mapping[str, Callable[[nn.Module, Plan, Sequence[Any], int | None], Quantize]] = {
