@@ -40,9 +40,7 @@ def kd(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
         >>> kd(torch.tensor([[0.0, 1.0]]), torch.tensor([[5.0, 6.0]])).item()
         0.0
     """
-    positive("temperature", temperature)
-    student, teacher, masked = _checked(student, teacher)
-    log_t, log_s = (_log_probs(logits, masked, temperature) for logits in (teacher, student))
+    log_t, log_s, masked = _softened(student, teacher, temperature)
     return temperature**2 * _mean(_kl(log_t, log_s), masked)
 
 
@@ -64,9 +62,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, *, temperature: float =
 
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
-    positive("temperature", temperature)
-    student, teacher, masked = _checked(student, teacher)
-    log_t, log_s = (_log_probs(logits, masked, temperature) for logits in (teacher, student))
+    log_t, log_s, masked = _softened(student, teacher, temperature)
     return temperature**2 * _mean(-(log_t.exp() * log_s).sum(-1), masked)
 
 
@@ -200,12 +196,8 @@ def dist(
     Source: Huang, You, Wang, Qian, Xu 2022, "Knowledge Distillation from A Stronger Teacher", arXiv:2205.10536,
     eq. 8-10.
     """
-    positive("temperature", temperature)
-    student, teacher, masked = _checked(student, teacher)
-    probs_t, probs_s = (
-        _log_probs(logits, masked, temperature).exp().masked_fill(masked, 0.0).flatten(0, -2)
-        for logits in (teacher, student)
-    )
+    log_t, log_s, masked = _softened(student, teacher, temperature)
+    probs_t, probs_s = (logs.exp().masked_fill(masked, 0.0).flatten(0, -2) for logs in (log_t, log_s))
     masked = masked.flatten(0, -2)
     within_samples = _uncorrelated(probs_s, probs_t, masked)
     within_classes = _uncorrelated(probs_s.T, probs_t.T, masked.T)
@@ -251,10 +243,8 @@ def jsd(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, beta: flo
 
     Source: Agarwal et al. 2023, "On-Policy Distillation of Language Models" (GKD), arXiv:2306.13649, eq. 1.
     """
-    positive("temperature", temperature)
     share("beta", beta, zero=False, one=False)
-    student, teacher, masked = _checked(student, teacher)
-    log_t, log_s = (_log_probs(logits, masked, temperature) for logits in (teacher, student))
+    log_t, log_s, masked = _softened(student, teacher, temperature)
     log_m = _mixed(log_t, log_s, beta, masked)
     return temperature**2 * _mean(beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m), masked)
 
@@ -277,9 +267,7 @@ def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) ->
 
     Source: Gu, Dong, Wei, Huang 2023, "MiniLLM", arXiv:2306.08543, eq. 1.
     """
-    positive("temperature", temperature)
-    student, teacher, masked = _checked(student, teacher)
-    log_t, log_s = (_log_probs(logits, masked, temperature) for logits in (teacher, student))
+    log_t, log_s, masked = _softened(student, teacher, temperature)
     return temperature**2 * _mean(_kl(log_s, log_t), masked)
 
 
@@ -303,10 +291,8 @@ def skewed_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, alp
 
     Source: Ko, Kim, Chen, Yun 2024, "DistiLLM", arXiv:2402.03898, eq. 4.
     """
-    positive("temperature", temperature)
     share("alpha", alpha, zero=True, one=False)
-    student, teacher, masked = _checked(student, teacher)
-    log_t, log_s = (_log_probs(logits, masked, temperature) for logits in (teacher, student))
+    log_t, log_s, masked = _softened(student, teacher, temperature)
     mixture = _mixed(log_t, log_s, alpha, masked) if alpha > 0 else log_s
     return temperature**2 * _mean(_kl(log_t, mixture), masked)
 
@@ -349,6 +335,13 @@ def _checked(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         )
     student, teacher = widen(student, teacher)
     return student, teacher, (student == -math.inf) | (teacher == -math.inf)
+
+
+def _softened(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities of the teacher and of the student, and which classes are masked."""
+    positive("temperature", temperature)
+    student, teacher, masked = _checked(student, teacher)
+    return _log_probs(teacher, masked, temperature), _log_probs(student, masked, temperature), masked
 
 
 def _check_labels(labels: Tensor, logits: Tensor) -> None:

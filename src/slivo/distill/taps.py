@@ -23,7 +23,7 @@ def tap(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
 
     Args:
         model: The model.
-        paths: Qualified names of modules, as in ``model.named_modules()``.
+        paths: Qualified names of modules, as in ``model.named_modules()``, or patterns as in `match`.
 
     Yields:
         A dict that fills as the model runs: by path the module's output, or the first tensor in it. It is a copy,
@@ -44,8 +44,7 @@ def tap(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     seen: dict[str, Tensor] = {}
     handles = []
     try:
-        for path in paths:
-            match(model, path)
+        for path in [found for pattern in paths for found in match(model, pattern)]:
             module = model.get_submodule(path)
             handles.append(module.register_forward_hook(_keeper(path, module, seen)))
         yield seen
