@@ -103,11 +103,12 @@ def distill(
     objective = distillation(
         teacher, partial(forward, task), task.loss, losses, label_weight=label_weight, class_map=class_map
     )
-    batch = next(iter(loader(task, "train", batch_size=min(batch_size, 8))))
     with objective:
-        objective.prepare(model, pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch), seed=seed)
-        if task.primary == "accuracy" and class_map is None:
-            doubt(quality(teacher, task, "val")["accuracy"], 1 / len(task.classes))
+        with torch.random.fork_rng(devices=[]):
+            batch = next(iter(loader(task, "train", batch_size=min(batch_size, 8))))
+            objective.prepare(model, pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch), seed=seed)
+            if task.primary == "accuracy" and class_map is None:
+                doubt(quality(teacher, task, "val")["accuracy"], 1 / len(task.classes))
         history = fit(
             model,
             loader(task, "train", batch_size=batch_size, seed=seed),

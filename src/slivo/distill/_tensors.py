@@ -18,11 +18,16 @@ def positive(name: str, value: float) -> None:
         raise RecipeError(f"{name} is {value}; it must be a number above 0")
 
 
-def share(name: str, value: float, *, zero: bool, one: bool) -> None:
-    """Refuse an option that is not between 0 and 1, either end included or not."""
-    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
-        ends = f"{'0 included' if zero else '0 excluded'}, {'1 included' if one else '1 excluded'}"
-        raise RecipeError(f"{name} is {value}; it must be between 0 and 1 ({ends})")
+def weight(name: str, value: float) -> None:
+    """Refuse an option that is not a number from 0 up."""
+    if not (math.isfinite(value) and value >= 0):
+        raise RecipeError(f"{name} is {value}; it must be 0 or above")
+
+
+def share(name: str, value: float, *, zero: bool) -> None:
+    """Refuse an option that is not below 1 and above 0, or 0 itself if that is allowed."""
+    if not (0 < value < 1 or (zero and value == 0)):
+        raise RecipeError(f"{name} is {value}; it must be {'0 or above' if zero else 'above 0'} and below 1")
 
 
 def widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,6 +43,16 @@ def same_batch(student: Tensor, teacher: Tensor, *, least: int) -> None:
             f"student {shape(student)} and teacher {shape(teacher)} do not fit: both need {least} dimensions or more, "
             "of which the first is the batch and of one size"
         )
+
+
+def class_indices(labels: Tensor, classes: int) -> Tensor:
+    """Return labels as int64, or refuse what cannot be class indices; below 0 stands for no class."""
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not whole or bool((labels >= classes).any()):
+        raise ShapeError(
+            f"labels have shape {shape(labels)} and type {labels.dtype}; they must be integers below {classes}"
+        )
+    return labels.long()
 
 
 def shape(tensor: Tensor) -> str:

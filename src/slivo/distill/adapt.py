@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slivo.distill._tensors import widen
+
 
 def channels(activation: Tensor) -> int:
     """Return the number of features or channels: the last dimension of (batch[, tokens], features), else the second.
@@ -21,7 +23,7 @@ def adapter(student: Tensor, teacher: Tensor, *, seed: int = 0) -> nn.Module | N
 
     Args:
         student: The student's activation, of which shape, type and device count.
-        teacher: The teacher's, of as many dimensions.
+        teacher: The teacher's, of as many dimensions; its type counts, too, for they are compared in the wider.
         seed: Of the initial weights, which do not touch the global random generator.
 
     Returns:
@@ -43,4 +45,4 @@ def adapter(student: Tensor, teacher: Tensor, *, seed: int = 0) -> nn.Module | N
             layer = nn.Conv2d(*sizes, kernel_size=1)
         else:
             layer = nn.Conv3d(*sizes, kernel_size=1)
-    return layer.to(student.device, torch.promote_types(student.dtype, torch.float32))
+    return layer.to(student.device, widen(student, teacher)[0].dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slivo.distill._tensors import shape
+from slivo.distill._tensors import class_indices, shape
 from slivo.errors import ShapeError
 
 
@@ -45,10 +45,17 @@ class ClassMap:
     def by_name(cls, student: Sequence[str], teacher: Sequence[str]) -> ClassMap:
         """Return the map between two lists of class names, in the order of the logits.
 
+        Raises:
+            ShapeError: If a name stands twice in a list, or fewer than two are in both.
+
         Example:
             >>> ClassMap.by_name(["cat", "dog", "owl"], ["dog", "eel", "cat"])
             ClassMap(teacher=(2, 0, None))
         """
+        for role, given in (("student", student), ("teacher", teacher)):
+            twice = [name for index, name in enumerate(given) if name in given[:index]]
+            if twice:
+                raise ShapeError(f"the {role} has two classes named {twice[0]!r}; give the map by indices")
         places = {name: index for index, name in enumerate(teacher)}
         return cls(tuple(places.get(name) for name in student))
 
@@ -73,7 +80,15 @@ class ClassMap:
         return student[..., ours], teacher[..., theirs]
 
     def labels(self, labels: Tensor) -> Tensor:
-        """Return labels as positions among the shared classes, -1 for classes that the teacher does not know."""
+        """Return labels as positions among the shared classes, -1 for classes that the teacher does not know.
+
+        Args:
+            labels: Classes of the student, integers of any shape; below 0 for none.
+
+        Raises:
+            ShapeError: If they are no indices of the student's classes.
+        """
+        labels = class_indices(labels, len(self.teacher))
         positions, count = [], 0
         for index in self.teacher:
             positions.append(-1 if index is None else count)

@@ -60,7 +60,8 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ShapeError: If the activations have no places.
 
-    Source: Zagoruyko, Komodakis 2017, "Paying More Attention to Attention", arXiv:1612.03928, eq. 2.
+    Source: Zagoruyko, Komodakis 2017, "Paying More Attention to Attention", arXiv:1612.03928, eq. 2
+    (there half the norm, not squared).
     """
     student, teacher = _aligned(student, teacher)
     maps = [unit(_rows(tensor).square().sum(1)) for tensor in (student, teacher)]

@@ -2,7 +2,8 @@
 
 All are pure and scalar: a mean over the samples (all leading dimensions), in nats where they are divergences. They are
 computed in float32 at least, and no gradient flows into the teacher. A class at minus infinity in either is masked: it
-is left out of both distributions, and a sample (or token) with no class left is left out of the mean.
+is left out of both distributions, and a sample (or token) with no class left is left out of the mean. Options out of
+range raise a RecipeError.
 
 Where there is a temperature T the loss is multiplied by T², without which its gradient would fade as 1/T²: a weight
 found at one temperature then holds for others.
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slivo.distill._tensors import center, positive, shape, share, unit, widen
+from slivo.distill._tensors import center, class_indices, positive, shape, share, unit, weight, widen
 from slivo.errors import ShapeError
 
 
@@ -115,7 +116,7 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ShapeError: If the shapes differ.
 
-    Source: Sanh, Debut, Chaumond, Wolf 2019, "DistilBERT", arXiv:1910.01108, section 3 (there of hidden states).
+    Source: Sanh, Debut, Chaumond, Wolf 2019, "DistilBERT", arXiv:1910.01108, section 2 (there of hidden states).
     """
     student, teacher, masked = _checked(student, teacher)
     directions = [unit(logits.masked_fill(masked, 0.0)) for logits in (student, teacher)]
@@ -154,23 +155,21 @@ def dkd(
     Source: Zhao, Cui, Song, Qiu, Liang 2022, "Decoupled Knowledge Distillation", arXiv:2203.08679, eq. 7.
     """
     positive("temperature", temperature)
+    weight("alpha", alpha)
+    weight("beta", beta)
     student, teacher, masked = _checked(student, teacher)
     classes = student.shape[-1]
     if classes < 3:
-        raise ShapeError(f"dkd got {classes} classes and needs 3: with 2 no class is left beside the label; use kd")
-    _check_labels(labels, student)
+        raise ShapeError(f"dkd got {classes} classes and needs 3: with 2 the rest is one class; use kd")
+    labels = _labels(labels, student)
     target = F.one_hot(labels.clamp(min=0), classes).bool()
     valid = (labels >= 0) & ~(masked & target).any(-1) & ~(masked | target).all(-1)
-    student, teacher, masked, target = student[valid], teacher[valid], masked[valid], target[valid]
+    student, teacher, masked, target = (each[valid] for each in (student, teacher, masked, target))
     if not len(student):
         return student.sum()
-    divergences = []
-    for left_out, weight in ((masked, alpha), (masked | target, beta)):
-        log_t, log_s = (_log_probs(logits, left_out, temperature) for logits in (teacher, student))
-        if left_out is masked:
-            log_t, log_s = (_against_rest(log_probs, target, masked) for log_probs in (log_t, log_s))
-        divergences.append(weight * _kl(log_t, log_s))
-    return temperature**2 * (divergences[0] + divergences[1]).mean()
+    label = [_against_rest(_log_probs(logits, masked, temperature), target, masked) for logits in (teacher, student)]
+    rest = [_log_probs(logits, masked | target, temperature) for logits in (teacher, student)]
+    return temperature**2 * (alpha * _kl(*label) + beta * _kl(*rest)).mean()
 
 
 def dist(
@@ -196,6 +195,8 @@ def dist(
     Source: Huang, You, Wang, Qian, Xu 2022, "Knowledge Distillation from A Stronger Teacher", arXiv:2205.10536,
     eq. 8-10.
     """
+    weight("beta", beta)
+    weight("gamma", gamma)
     log_t, log_s, masked = _softened(student, teacher, temperature)
     probs_t, probs_s = (logs.exp().masked_fill(masked, 0.0).flatten(0, -2) for logs in (log_t, log_s))
     masked = masked.flatten(0, -2)
@@ -243,7 +244,7 @@ def jsd(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, beta: flo
 
     Source: Agarwal et al. 2023, "On-Policy Distillation of Language Models" (GKD), arXiv:2306.13649, eq. 1.
     """
-    share("beta", beta, zero=False, one=False)
+    share("beta", beta, zero=False)
     log_t, log_s, masked = _softened(student, teacher, temperature)
     log_m = _mixed(log_t, log_s, beta, masked)
     return temperature**2 * _mean(beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m), masked)
@@ -291,7 +292,7 @@ def skewed_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, alp
 
     Source: Ko, Kim, Chen, Yun 2024, "DistiLLM", arXiv:2402.03898, eq. 4.
     """
-    share("alpha", alpha, zero=True, one=False)
+    share("alpha", alpha, zero=True)
     log_t, log_s, masked = _softened(student, teacher, temperature)
     mixture = _mixed(log_t, log_s, alpha, masked) if alpha > 0 else log_s
     return temperature**2 * _mean(_kl(log_t, mixture), masked)
@@ -316,12 +317,8 @@ def binary(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Ten
     positive("temperature", temperature)
     student, teacher, masked = _checked(student, teacher)
     student, teacher = (logits.masked_fill(masked, 0.0) / temperature for logits in (student, teacher))
-    divergence = sum(
-        F.logsigmoid(sign * teacher).exp() * (F.logsigmoid(sign * teacher) - F.logsigmoid(sign * student))
-        for sign in (1, -1)
-    )
-    assert isinstance(divergence, Tensor)
-    return temperature**2 * _mean(divergence.sum(-1), masked)
+    yes_and_no = [torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], -1) for logits in (teacher, student)]
+    return temperature**2 * _mean(_kl(*yes_and_no).sum(-1), masked)
 
 
 def _checked(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,13 +341,13 @@ def _softened(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Ten
     return _log_probs(teacher, masked, temperature), _log_probs(student, masked, temperature), masked
 
 
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    classes = logits.shape[-1]
-    if labels.is_floating_point() or labels.shape != logits.shape[:-1] or bool((labels >= classes).any()):
+def _labels(labels: Tensor, logits: Tensor) -> Tensor:
+    if labels.shape != logits.shape[:-1]:
         raise ShapeError(
-            f"labels have shape {shape(labels)} and type {labels.dtype}; they must be integers below {classes} of "
-            f"shape {tuple(logits.shape[:-1])}, one for each row of logits"
+            f"labels have shape {shape(labels)}; there must be one for each row of logits, shape "
+            f"{tuple(logits.shape[:-1])}"
         )
+    return class_indices(labels, logits.shape[-1])
 
 
 def _log_probs(logits: Tensor, left_out: Tensor, temperature: float) -> Tensor:

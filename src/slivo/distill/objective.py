@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from slivo.distill import teacher as teachers
-from slivo.distill._tensors import first_tensor
+from slivo.distill._tensors import first_tensor, shape
 from slivo.distill.adapt import adapter, channels
 from slivo.distill.classes import ClassMap
 from slivo.distill.taps import match, tap
@@ -47,12 +47,20 @@ class Term:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise RecipeError(f"weight of {self.name} is {self.weight}; it must be above 0, or the term left out")
+        if not isinstance(self.at, str):
+            object.__setattr__(self, "at", tuple(self.at))
+            if len(self.at) != 2 or not all(isinstance(path, str) for path in self.at):
+                raise RecipeError(f"at of {self.name} is {self.at}; it must be a module's path, or (student, teacher)")
         unknown = [name for name in self.supplied if name not in ("labels", "adapter")]
         if unknown:
             raise RecipeError(
                 f"loss {self.name} has a positional parameter {unknown[0]!r}; beside student and teacher there may be "
                 "labels and adapter; make an option keyword-only"
             )
+        try:
+            inspect.signature(self.function).bind(None, None, *self.supplied, **self.params)
+        except TypeError as error:
+            raise RecipeError(f"loss {self.name} cannot be called with {dict(self.params)}: {error}") from error
 
     @property
     def name(self) -> str:
@@ -79,8 +87,12 @@ def supplied(function: Callable[..., Tensor]) -> tuple[str, ...]:
 
 def second(batch: Batch) -> Tensor:
     """Return the labels of a batch ``(inputs, labels)``."""
-    labels: Tensor = batch[1]
-    return labels
+    if not (isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[1], Tensor)):
+        raise ShapeError(
+            f"a batch is a {type(batch).__name__} and not (inputs, labels); give distillation(..., labels=...), which "
+            "takes the labels out of a batch"
+        )
+    return batch[1]
 
 
 def distillation(
@@ -163,8 +175,10 @@ class Distillation:
         if self._label_weight > 0:
             parts["labels"] = self._label_weight * self._loss(output, batch)
         for name, (term, ours, theirs) in plan.items():
-            args = self._arguments(name, term, student[ours], teacher[theirs], batch)
-            parts[name] = term.weight * term.function(*args, **term.params)
+            try:
+                parts[name] = self._value(name, term, student[ours], teacher[theirs], batch)
+            except (RecipeError, ShapeError) as error:
+                raise type(error)(f"{name}: {error}") from error
         return parts
 
     def prepare(self, student: nn.Module, batch: Batch, *, seed: int = 0) -> Self:
@@ -187,9 +201,11 @@ class Distillation:
             _, ours, theirs = self._run(student, batch, plan)
             self.adapters = {}
             for index, (name, (term, here, there)) in enumerate(plan.items()):
-                made = adapter(ours[here], theirs[there], seed=seed + index) if "adapter" in term.supplied else None
-                if made is not None:
-                    self.adapters[name] = made
+                if "adapter" in term.supplied:
+                    pair = self._shared(term, ours[here], theirs[there])
+                    made = adapter(*pair, seed=seed + index)
+                    if made is not None:
+                        self.adapters[name] = made
             self(student, batch)
         return self
 
@@ -221,7 +237,7 @@ class Distillation:
         for term in self.terms:
             for ours, theirs in _pairs(term, student, self.teacher):
                 name = f"{term.name}@{ours}" if ours else term.name
-                count = sum(other == name or other.startswith(f"{name}#") for other in plan)
+                count = sum(other == name or other.startswith(f"{name}#") for other in ("labels", *plan))
                 plan[f"{name}#{count + 1}" if count else name] = (term, ours, theirs)
         return plan
 
@@ -236,31 +252,41 @@ class Distillation:
         output, ours = _outputs(student, self._forward, batch, [here for _, here, _ in plan.values()], "student")
         return output, ours, theirs
 
-    def _arguments(self, name: str, term: Term, student: Tensor, teacher: Tensor, batch: Batch) -> list[Any]:
-        """Return the positional arguments of a term's function."""
-        classes = term.class_map or (self._class_map if term.places == ("", "") else None)
-        if classes is not None:
-            student, teacher = classes.logits(student, teacher)
+    def _classes(self, term: Term) -> ClassMap | None:
+        """Return the class map of a term; the distillation's own is for the models' outputs only."""
+        return term.class_map or (self._class_map if term.places == ("", "") else None)
+
+    def _shared(self, term: Term, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both on the classes they share, if there is a map of them."""
+        classes = self._classes(term)
+        return (student, teacher) if classes is None else classes.logits(student, teacher)
+
+    def _value(self, name: str, term: Term, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
+        """Return a term's weighted loss."""
+        student, teacher = self._shared(term, student, teacher)
         args: list[Any] = [student, teacher]
         for what in term.supplied:
             if what == "labels":
-                labels = self._labels(batch)
+                classes, labels = self._classes(term), self._labels(batch)
                 args.append(labels if classes is None else classes.labels(labels))
             else:
                 args.append(self._adapter(name, student, teacher))
-        return args
+        value = term.function(*args, **term.params)
+        if value.dim():
+            raise ShapeError(f"the loss has shape {shape(value)}; it must be one number, such as the mean over samples")
+        return term.weight * value
 
     def _adapter(self, name: str, student: Tensor, teacher: Tensor) -> nn.Module | None:
         made = self.adapters.get(name)
         sizes = channels(student), channels(teacher)
         if made is None and sizes[0] != sizes[1]:
             raise ShapeError(
-                f"{name}: the student has {sizes[0]} features and the teacher {sizes[1]}; call prepare(student, batch) "
+                f"the student has {sizes[0]} features and the teacher {sizes[1]}; call prepare(student, batch) "
                 "before training, and give parameters() to the optimizer"
             )
         if made is not None and tuple(next(made.parameters()).shape[:2]) != (sizes[1], sizes[0]):
             raise ShapeError(
-                f"{name}: the adapter was not made for the student's {sizes[0]} and the teacher's {sizes[1]} features; "
+                f"the adapter was not made for the student's {sizes[0]} and the teacher's {sizes[1]} features; "
                 "call prepare(student, batch) again after the student's shape has changed"
             )
         return made

@@ -44,7 +44,7 @@ def tap(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     seen: dict[str, Tensor] = {}
     handles = []
     try:
-        for path in [found for pattern in paths for found in match(model, pattern)]:
+        for path in dict.fromkeys(found for pattern in paths for found in match(model, pattern)):
             module = model.get_submodule(path)
             handles.append(module.register_forward_hook(_keeper(path, module, seen)))
         yield seen
