@@ -1,20 +1,22 @@
 """Fill the tables of the documentation from the code, so that they cannot fall behind it.
 
-A line ``<!-- table: NAME -->`` in a page is replaced with what the function NAME of this file returns.
+A line ``<!-- table: NAME -->`` in a page is replaced with what the public function NAME of this file returns.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import takewhile
+from typing import Any, get_args
 
 _MARK = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Replace the marks in a page; called by MkDocs."""
-    return _MARK.sub(lambda match: TABLES[match[1]](), markdown)
+    return _MARK.sub(lambda match: globals()[match[1]](), markdown)
 
 
 def criteria() -> str:
@@ -30,14 +32,118 @@ def criteria() -> str:
     return _table(("name", "score", "weights it sees", "needs"), rows)
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    names = list(head)
-    lines = [names, ["---"] * len(names), *rows]
+def losses() -> str:
+    """One row for each loss, with its own options; those that all losses have are explained on the page."""
+    from slivo import losses as module
+
+    rows = []
+    for loss in module.describe():
+        own = [option for option in loss.parameters if option.partition(":")[0] not in ("weight", "at", "class_map")]
+        compares = "logits" if "at: path = ''" in loss.parameters else "activations"
+        rows.append((f"`{loss.name}`", loss.summary, compares, "<br>".join(f"`{option}`" for option in own)))
+    return _table(("name", "what it is", "compares", "options"), rows)
+
+
+def recipes() -> str:
+    """One row for each recipe that ships: its name, the comment at its top, and its stages."""
+    from slivo.recipe.load import load, shipped
+
+    rows = []
+    for name, text in shipped().items():
+        comment = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
+        rows.append((f"`{name}`", " ".join(comment), " → ".join(_kinds(load(name).recipe.stages))))
+    return _table(("name", "what it does", "stages"), rows)
+
+
+def recipe_files() -> str:
+    """The recipes that ship, in full."""
+    from slivo.recipe.load import shipped
+
+    return "\n\n".join(f"### {name}\n\n```yaml\n{text.strip()}\n```" for name, text in shipped().items())
+
+
+def recipe_keys() -> str:
+    """One table for each mapping that a recipe may hold: its keys, what they may be, and their defaults."""
+    from slivo.recipe.schema import Recipe
+
+    parts = []
+    for part in _parts(Recipe, []):
+        rows = []
+        for name, info in part.model_fields.items():
+            default = "needed" if info.is_required() else _default(info.get_default())
+            rows.append((f"`{info.alias or name}`", info.description or "", default))
+        parts += [f"### {_title(part)}", inspect.getdoc(part) or "", _table(("key", "what it may be", "default"), rows)]
+    return "\n\n".join(parts)
+
+
+def commands() -> str:
+    """A section for each command: what it does, how it is called, its arguments and options."""
+    import click
+    from typer.main import get_command
+
+    from slivo.cli import app
+
+    group = get_command(app)
+    context = click.Context(group, info_name="slivo")
+    return "\n\n".join(_command(context, name, command) for name, command in group.commands.items())
+
+
+def _command(parent: Any, name: str, command: Any) -> str:
+    """Return the section of one command; Typer brings a click of its own, whose types have no public name."""
+    context = type(parent)(command, info_name=name, parent=parent)
+    usage = f"{context.command_path} {' '.join(command.collect_usage_pieces(context))}"
+    rows = []
+    for parameter in command.params:
+        names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+        text, default = getattr(parameter, "help", None) or "", parameter.get_default(context)
+        argument = parameter.param_type_name == "argument"
+        spelled = parameter.make_metavar(context) if argument else names
+        rows.append((f"`{spelled}`", text, "needed" if parameter.required else _default(default)))
+    text = inspect.cleandoc((command.help or "").replace("\b\n", ""))
+    table = _table(("argument or option", "what it does", "default"), rows) if rows else ""
+    return f"## slivo {name}\n\n{text}\n\n```text\n{usage}\n```\n\n{table}"
+
+
+def _parts(part: type[Any], seen: list[type[Any]]) -> Sequence[type[Any]]:
+    """Return a mapping's schema and all below it, each once, from the top."""
+    if part not in seen:
+        seen.append(part)
+        for info in part.model_fields.values():
+            for inner in _schemas(info.annotation):
+                _parts(inner, seen)
+    return seen
+
+
+def _schemas(annotation: Any) -> Iterator[type[Any]]:
+    if hasattr(annotation, "model_fields"):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _schemas(argument)
+
+
+def _title(part: type[Any]) -> str:
+    return {"Goal": "target", "TaskPart": "task"}.get(part.__name__, part.__name__.lower())
+
+
+def _kinds(stages: Iterable[Any]) -> list[str]:
+    """Name stages in their order, with those that others hold in parentheses."""
+    names = []
+    for stage in stages:
+        for kind, part in stage.given.items():
+            held = f" ({' → '.join(_kinds(part.stages))})" if hasattr(part, "stages") else ""
+            names.append(f"{kind}{held}")
+    return names
+
+
+def _default(value: object) -> str:
+    """Spell a default as YAML does; mappings and lists that hold nothing but defaults are not spelled out."""
+    if hasattr(value, "model_fields"):
+        return "its defaults"
+    if value is None or value in ("", [], {}, ()):
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def _first_line(function: object) -> str:
-    return (inspect.getdoc(function) or "").partition("\n")[0]
-
-
-TABLES: dict[str, Callable[[], str]] = {"criteria": criteria}
