@@ -72,7 +72,7 @@ def unit(tensor: Tensor) -> Tensor:
     Scaled by the largest entry first, so that squares neither overflow nor vanish. The scale may be cut off from the
     gradient because the result does not depend on it.
     """
-    largest = tensor.detach().abs().amax(-1, keepdim=True)
+    largest = _largest(tensor)
     scaled = tensor / torch.where(largest > 0, largest, 1.0)
     squares = scaled.square().sum(-1, keepdim=True)
     return scaled * torch.where(squares > 0, squares, 1.0).rsqrt()
@@ -92,8 +92,13 @@ def center(tensor: Tensor, left_out: Tensor | None = None) -> Tensor:
     centered = counted - counted.sum(-1, keepdim=True) / count
     if left_out is not None:
         centered = centered.masked_fill(left_out, 0.0)
-    noise = 8 * torch.finfo(tensor.dtype).eps * counted.detach().abs().amax(-1, keepdim=True)
-    return centered.masked_fill(centered.detach().abs().amax(-1, keepdim=True) <= noise, 0.0)
+    noise = 8 * torch.finfo(tensor.dtype).eps * _largest(counted)
+    return centered.masked_fill(_largest(centered) <= noise, 0.0)
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """Return the largest magnitude over the last dimension, 0 if there is none, as in a batch of no samples."""
+    return tensor.detach().abs().amax(-1, keepdim=True) if tensor.shape[-1] else tensor.new_zeros(*tensor.shape[:-1], 1)
 
 
 def nothing(student: Tensor) -> Tensor:
