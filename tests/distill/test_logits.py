@@ -238,7 +238,7 @@ def test_is_a_mean_over_samples(name):
 @pytest.mark.parametrize("name", TEMPERED)
 def test_size_of_the_gradient_does_not_fade_with_the_temperature(name):
     # At high temperatures T² times the gradient of a softmax divergence tends to a limit; without T² it would fall by
-    # 16 from 50 to 200. DIST, which compares correlations, has a gradient of 1/T to begin with and grows.
+    # 16 from 50 to 200. Correlations, which DIST compares, do not see a scale and do not fade without it.
     student, teacher = draw(6, CLASSES, scale=1.0)
     sizes = [gradient(name, student, teacher, temperature=t).norm().item() for t in (50.0, 200.0)]
     grows = 16 if name == "dist" else 1

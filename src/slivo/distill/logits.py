@@ -6,7 +6,8 @@ is left out of both distributions, and a sample (or token) with no class left is
 range raise a RecipeError.
 
 Where there is a temperature T the loss is multiplied by T², without which its gradient would fade as 1/T²: a weight
-found at one temperature then holds for others.
+found at one temperature then holds for others. (`dist` has T² from its authors; correlations do not fade, so that its
+weight does depend on T.)
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def dist(
         teacher: Logits of the same shape.
         temperature: T > 0. 1 on thousands of classes, 4 on a hundred.
         beta: Weight of the correlation over the classes of a sample.
-        gamma: Weight of the correlation over the samples of a class; needs batches of dozens to mean anything.
+        gamma: Weight of the correlation over the samples of a class; needs dozens of samples to mean anything.
 
     Returns:
         Scalar. Samples and classes on which the teacher is constant have no correlation and are left out.
