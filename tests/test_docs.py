@@ -6,6 +6,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,8 +38,24 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     ]
 
 
+@cache
+def inserts() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("_inserts", DOCS / "_inserts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def filled(page: Path) -> str:
+    """What a page says once the parts that come from the code are in it."""
+    return inserts().on_page_markdown(page.read_text(encoding="utf-8"))
+
+
 def prose(page: Path) -> str:
-    return FENCE.sub("", page.read_text(encoding="utf-8"))
+    return FENCE.sub("", filled(page))
 
 
 def having(language: str) -> list[Path]:
@@ -96,9 +113,7 @@ def heading(text: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    tables = load_tables()
-    text = FENCE.sub("", tables.on_page_markdown(page.read_text(encoding="utf-8")))
-    return {heading(line.lstrip("#")) for line in text.splitlines() if re.match(r"#+ ", line)}
+    return {heading(line.lstrip("#")) for line in prose(page).splitlines() if re.match(r"#+ ", line)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -113,49 +128,34 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(goal), f"{target}: no such heading"
 
 
-def load_tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_tables", DOCS / "_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MARKED = [page for page in PAGES if re.search("^<!-- table: ", page.read_text(encoding="utf-8"), re.MULTILINE)]
-
-
-@pytest.mark.parametrize("page", MARKED, ids=name)
-def test_tables_are_filled(page: Path) -> None:
-    filled = load_tables().on_page_markdown(page.read_text(encoding="utf-8"))
-    assert "<!-- table:" not in filled
-    tables = re.findall(r"(?:^\|.*\|\n?)+", filled, re.MULTILINE)
-    assert tables
-    for table in tables:
-        # A cell with a bar in it would be cut in two.
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_tables_are_whole(page: Path) -> None:
+    assert "<!-- insert:" not in filled(page)
+    for table in re.findall(r"(?:^\|.*\|\n)+", prose(page), re.MULTILINE):
+        # A bar in a cell would cut it in two.
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
         assert len(table.splitlines()) > 2
 
 
-class Loader(yaml.SafeLoader):
-    """Reads mkdocs.yml; tags that name Python objects are read as text."""
-
-
-Loader.add_multi_constructor("", lambda loader, suffix, node: suffix)
-
-
 def test_navigation_has_every_page() -> None:
-    config = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader)
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = list(leaves(config["nav"]))
     assert len(listed) == len(set(listed))
     pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
-    records = {page for page in pages if re.match(r"decisions/\d{4}-", page)}
-    assert set(listed) == pages - records
+    assert set(listed) == pages
+
+
+def test_index_has_every_decision() -> None:
     index = (DOCS / "decisions/index.md").read_text(encoding="utf-8")
-    assert {f"decisions/{record}" for record in re.findall(r"\]\((\d{4}-[^)]+)\)", index)} == records
+    linked = re.findall(r"^\| \[(\d{4})\]\((\1-[^)]+)\) \| (.+) \|$", index, re.MULTILINE)
+    records = sorted(DOCS.glob("decisions/0*.md"))
+    titles = [record.read_text(encoding="utf-8").partition("\n")[0].partition(": ")[2] for record in records]
+    assert [(link, title) for _, link, title in linked] == [
+        (record.name, title) for record, title in zip(records, titles, strict=True)
+    ]
 
 
 def leaves(nav: Any) -> Iterator[str]:
     for item in nav:
-        for value in item.values():
+        for value in item.values() if isinstance(item, dict) else [item]:
             yield from [value] if isinstance(value, str) else leaves(value)

@@ -1,6 +1,6 @@
-"""Fill the tables of the documentation from the code, so that they cannot fall behind it.
+"""Make parts of the documentation from the code, so that they cannot fall behind it.
 
-A line ``<!-- table: NAME -->`` in a page is replaced with what the public function NAME of this file returns.
+A line ``<!-- insert: NAME -->`` in a page is replaced with what the public function NAME of this file returns.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, get_args
 
-_MARK = re.compile(r"^<!-- table: (\w+) -->$", re.MULTILINE)
+from pydantic import BaseModel
+
+_ROOT = Path(__file__).parents[1]
+_MARK = re.compile(r"^<!-- insert: (\w+) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
@@ -78,33 +82,44 @@ def recipe_keys() -> str:
 
 def commands() -> str:
     """A section for each command: what it does, how it is called, its arguments and options."""
-    import click
-    from typer.main import get_command
+    import typer
 
     from slivo.cli import app
 
-    group = get_command(app)
-    context = click.Context(group, info_name="slivo")
+    group: Any = typer.main.get_command(app)
+    context = typer.Context(group, info_name="slivo")
     return "\n\n".join(_command(context, name, command) for name, command in group.commands.items())
 
 
+def changelog() -> str:
+    """CHANGELOG.md, whose place is the root of the repository."""
+    return (_ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def contributing() -> str:
+    """CONTRIBUTING.md likewise, with its links as they are from here."""
+    text = (_ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return text.replace("](docs/", "](").replace("](CHANGELOG.md)", "](changelog.md)")
+
+
 def _command(parent: Any, name: str, command: Any) -> str:
-    """Return the section of one command; Typer brings a click of its own, whose types have no public name."""
+    """Return the section of one command."""
     context = type(parent)(command, info_name=name, parent=parent)
-    usage = f"{context.command_path} {' '.join(command.collect_usage_pieces(context))}"
+    usage = command.get_usage(context).removeprefix("Usage: ")
     rows = []
     for parameter in command.params:
-        names = ", ".join([*parameter.opts, *parameter.secondary_opts])
-        text, default = getattr(parameter, "help", None) or "", parameter.get_default(context)
+        if getattr(parameter, "hidden", False):
+            continue
         argument = parameter.param_type_name == "argument"
-        spelled = parameter.make_metavar(context) if argument else names
-        rows.append((f"`{spelled}`", text, "needed" if parameter.required else _default(default)))
+        spelled = parameter.name.upper() if argument else ", ".join([*parameter.opts, *parameter.secondary_opts])
+        default = "needed" if parameter.required else _default(parameter.get_default(context))
+        rows.append((f"`{spelled}`", getattr(parameter, "help", None) or "", default))
     text = inspect.cleandoc((command.help or "").replace("\b\n", ""))
     table = _table(("argument or option", "what it does", "default"), rows) if rows else ""
     return f"## slivo {name}\n\n{text}\n\n```text\n{usage}\n```\n\n{table}"
 
 
-def _parts(part: type[Any], seen: list[type[Any]]) -> Sequence[type[Any]]:
+def _parts(part: type[BaseModel], seen: list[type[BaseModel]]) -> Sequence[type[BaseModel]]:
     """Return a mapping's schema and all below it, each once, from the top."""
     if part not in seen:
         seen.append(part)
@@ -114,14 +129,14 @@ def _parts(part: type[Any], seen: list[type[Any]]) -> Sequence[type[Any]]:
     return seen
 
 
-def _schemas(annotation: Any) -> Iterator[type[Any]]:
-    if hasattr(annotation, "model_fields"):
+def _schemas(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in get_args(annotation):
         yield from _schemas(argument)
 
 
-def _title(part: type[Any]) -> str:
+def _title(part: type[BaseModel]) -> str:
     return {"Goal": "target", "TaskPart": "task"}.get(part.__name__, part.__name__.lower())
 
 
@@ -137,7 +152,7 @@ def _kinds(stages: Iterable[Any]) -> list[str]:
 
 def _default(value: object) -> str:
     """Spell a default as YAML does; mappings and lists that hold nothing but defaults are not spelled out."""
-    if hasattr(value, "model_fields"):
+    if isinstance(value, BaseModel):
         return "its defaults"
     if value is None or value in ("", [], {}, ()):
         return "none"
