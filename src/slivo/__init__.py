@@ -11,7 +11,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from slivo.errors import ArtifactError, CaptureError, RecipeError, ShapeError, SlivoError, TargetError
+from slivo.errors import ArtifactError, CaptureError, OutputError, RecipeError, ShapeError, SlivoError, TargetError
 
 if TYPE_CHECKING:
     from slivo import losses
@@ -29,6 +29,7 @@ __all__ = [
     "ArtifactError",
     "Budget",
     "CaptureError",
+    "OutputError",
     "RecipeError",
     "ShapeError",
     "SlivoError",

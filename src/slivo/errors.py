@@ -26,6 +26,10 @@ class ArtifactError(SlivoError):
     """A saved model is damaged, incomplete, too new, or cannot be written."""
 
 
+class OutputError(SlivoError):
+    """A folder for output is taken, or cannot be written to."""
+
+
 class TargetError(SlivoError):
     """A target cannot be met; says what is the best that was found."""
 

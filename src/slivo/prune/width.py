@@ -26,6 +26,7 @@ def prune(
     scope: Scope = "global",
     only: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    now: Sequence[str] = (),
     min_width: float | int = 0.1,
     round_to: int = 1,
     batches: Iterable[Any] | None = None,
@@ -41,6 +42,8 @@ def prune(
         scope: ``global`` (all positions compete) or ``uniform`` (the same share of every axis).
         only: Globs over axis names and module paths; if given, only axes that a matching module writes are cut.
         exclude: Globs over axis names and module paths; axes in which a matching module takes part are not cut.
+        now: Globs as ``only``, to cut one part of the network after the other: the budget is planned over all axes
+            that ``only`` and ``exclude`` leave, but only those that match are cut by this call.
         min_width: Least size of an axis that is cut: a share, or a count (an int).
         round_to: Sizes that change become multiples of this.
         batches: For criteria of the gradient: what ``loss`` is called with.
@@ -65,6 +68,8 @@ def prune(
     axes = select(graph, only=only, exclude=exclude)
     scores = importance(model, graph, axes, criteria.resolve(criterion), batches=batches, loss=loss)
     kept = allocate(graph, scores, keep, scope=scope, min_width=min_width, round_to=round_to)
+    if now:
+        kept = _part(graph, kept, {axis.name for axis in select(graph, only=now)})
     attributes, program = settle(model, graph, example_inputs, kept)
     return edits.apply(model, edits.Cut(plan_slices(graph, kept), attributes, kept, program))
 
@@ -94,6 +99,12 @@ def select(graph: Graph, *, only: Sequence[str] = (), exclude: Sequence[str] = (
         reasons = sorted({axis.fixed for axis in graph.axes if axis.fixed})
         raise SlivoError(f"no axis of the model may be cut: {'; '.join(reasons[:3]) or 'it has no weights'}")
     return left
+
+
+def _part(graph: Graph, kept: dict[str, list[int]], names: set[str]) -> dict[str, list[int]]:
+    """Return what is kept of some axes, and of those that must keep equal sizes with them."""
+    tied = {name for tie in graph.ties if names & set(tie) for name in tie}
+    return {name: positions for name, positions in kept.items() if name in names | tied}
 
 
 def _places(axis: Axis, *, readers: bool) -> set[str]:

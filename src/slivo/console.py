@@ -1,0 +1,244 @@
+"""What the command line draws: progress, tables, messages. Nothing else knows of a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from slivo.graph import Graph
+from slivo.recipe.watch import Watch
+
+_LINE_EVERY = 5.0
+"""Seconds between lines of a training where there is no terminal to draw a bar on."""
+
+
+def out() -> Console:
+    """Return the console for results."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def error(message: str) -> None:
+    """Say on stderr what went wrong."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+
+
+@contextmanager
+def watching(*, quiet: bool) -> Iterator[Watch]:
+    """Give something that shows a run's progress: bars on a terminal, plain lines elsewhere, nothing if quiet."""
+    if quiet:
+        yield Watch()
+    elif not out().is_terminal:
+        yield Lines()
+    else:
+        bars = Bars()
+        with bars.progress_bars:
+            yield bars
+
+
+class Lines(Watch):
+    """Plain lines: one when a step is done, and every few seconds one in between."""
+
+    def __init__(self) -> None:
+        self.console = out()
+        self.began = self.said = time.monotonic()
+        self.place = ""
+
+    def started(self, label: str, index: int, count: int) -> None:
+        """Note the step; its line comes when it is done."""
+        del label
+        self.place = f"[{min(index + 1, count)}/{count}]"
+        self.began = self.said = time.monotonic()
+        if index == count:
+            self.console.print("measuring teacher and student on the test data", markup=False)
+
+    def progress(self, label: str, done: int, total: int, fields: Mapping[str, float]) -> None:
+        """Say how far a training is."""
+        now = time.monotonic()
+        if now - self.said < _LINE_EVERY or not done:
+            return
+        self.said = now
+        rate = done / (now - self.began)
+        text = f"{self.place} {label}: {done}/{total} steps, {rate:.1f}/s, {_left(total - done, rate)} left"
+        self.console.print(f"{text}{_loss(fields)}", markup=False)
+
+    def finished(self, record: Mapping[str, Any]) -> None:
+        """Say what the step left."""
+        self.console.print(f"{self.place} {_told(record)}", markup=False)
+
+
+class Bars(Watch):
+    """A bar for the step that runs, and a line for each that is done."""
+
+    def __init__(self) -> None:
+        self.console = out()
+        self.progress_bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TextColumn("{task.fields[loss]}"),
+            console=self.console,
+            transient=True,
+        )
+        self.bar = self.progress_bars.add_task("", total=None, visible=False, loss="")
+        self.place = ""
+
+    def started(self, label: str, index: int, count: int) -> None:
+        """Show the step; a bar without a length until it says how long it is."""
+        self.place = f"[{min(index + 1, count)}/{count}]"
+        name = "measuring on the test data" if index == count else label
+        self.progress_bars.reset(
+            self.bar, total=None, visible=True, description=escape(f"{self.place} {name}"), loss=""
+        )
+
+    def progress(self, label: str, done: int, total: int, fields: Mapping[str, float]) -> None:
+        """Move the bar."""
+        del label
+        self.progress_bars.update(self.bar, completed=done, total=total, loss=_loss(fields))
+
+    def finished(self, record: Mapping[str, Any]) -> None:
+        """Say what the step left."""
+        self.console.print(f"{self.place} {_told(record)}", markup=False)
+
+
+class _Rate(ProgressColumn):
+    """Steps a second and time left, once there is something to tell from."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text."""
+        if not task.speed or task.total is None:
+            return Text(f"{task.elapsed or 0:.0f} s")
+        return Text(f"{task.speed:.1f}/s, {_left(task.total - task.completed, task.speed)} left")
+
+
+def _left(steps: float, rate: float) -> str:
+    from slivo.report.text import duration
+
+    return duration(steps / rate)
+
+
+def _loss(fields: Mapping[str, float]) -> str:
+    return f", loss {fields['loss']:.3f}" if "loss" in fields else ""
+
+
+def _told(record: Mapping[str, Any]) -> str:
+    from slivo.report import text
+
+    after, costs = record["after"], ("params", "macs", "bytes")
+    quality = ", ".join(f"{name} {text.metric(name, value)}" for name, value in after.items() if name not in costs)
+    figures = f"{text.count(after['macs'])} MACs, {text.size(after['bytes'])}, validation {quality}"
+    return f"{record['label']}: {figures} ({text.duration(record['seconds'])})"
+
+
+def result(summary: Mapping[str, Any], misses: Sequence[str], folder: object, report: object | None) -> None:
+    """Print teacher and student side by side, whether the target was met, and where everything is."""
+    from slivo.report import text
+
+    console = out()
+    table = Table(title="Test data, which nothing was decided by", title_style="italic", title_justify="left")
+    for name in ("", "teacher", "student", ""):
+        table.add_column(name, justify="left" if not name and not table.columns else "right")
+    for row in _rows(summary):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"latency: {summary['runtime']}", markup=False)
+    if summary["target"]:
+        asked = ", ".join(f"{name} {value:g}" for name, value in summary["target"].items())
+        verdict = "[green]met[/]" if not misses else f"[bold red]missed[/]: {escape('; '.join(misses))}"
+        console.print(f"target ({escape(asked)}): {verdict}")
+    console.print(f"everything is in {folder} ({text.duration(summary['seconds'])})", markup=False)
+    if report is not None:
+        console.print(f"open {report}", markup=False)
+
+
+def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    from slivo.report import text
+
+    teacher, student = summary["teacher"], summary["student"]
+    costs = ("params", "macs", "bytes", "latency_ms")
+    for name, before in teacher.items():
+        if name not in costs:
+            after = student.get(name)
+            yield (
+                text.title(name), text.metric(name, before), text.metric(name, after), text.change(name, before, after),
+            )  # fmt: skip
+    for name, label, show in (
+        ("params", "Parameters", text.count), ("macs", "MACs", text.count), ("bytes", "Bytes on disk", text.size),
+    ):  # fmt: skip
+        yield label, show(teacher[name]), show(student[name]), text.percent(student[name] / teacher[name])
+    for batch, pair in teacher["latency_ms"].items():
+        for which, before in zip(("p50", "p95"), pair, strict=True):
+            after = student["latency_ms"][batch][which == "p95"]
+            yield (
+                f"Latency {which}, batch {batch}", text.milliseconds(before), text.milliseconds(after),
+                f"{text.times(before / after)} faster" if before > after else f"{text.times(after / before)} slower",
+            )  # fmt: skip
+
+
+def seeds(summaries: Sequence[Mapping[str, Any]], primary: str) -> tuple[float, float, float]:
+    """Print several runs of one recipe and their medians.
+
+    Returns:
+        Medians of the share of MACs, of the share of bytes, and of the drop of the primary metric.
+    """
+    from slivo.report import text
+
+    table = Table(title=f"{len(summaries)} seeds, test data", title_style="italic", title_justify="left")
+    for name in ("seed", f"teacher {primary}", f"student {primary}", "drop", "MACs", "bytes", "seconds"):
+        table.add_column(name, justify="right")
+    rows = []
+    for summary in summaries:
+        teacher, student = summary["teacher"], summary["student"]
+        shares = [student[name] / teacher[name] for name in ("macs", "bytes")]
+        rows.append(
+            [teacher[primary], student[primary], teacher[primary] - student[primary], *shares, summary["seconds"]]
+        )
+
+    def shown(values: Sequence[float]) -> list[str]:
+        before, after, drop, macs, size, seconds = values
+        points = f"{100 * drop:.2f} points"
+        metrics = [text.metric(primary, value) for value in (before, after)]
+        return [*metrics, points, text.percent(macs), text.percent(size), f"{seconds:.0f}"]
+
+    for summary, row in zip(summaries, rows, strict=True):
+        table.add_row(str(summary["seed"]), *shown(row))
+    medians = [median(column) for column in zip(*rows, strict=True)]
+    table.add_section()
+    table.add_row("median", *shown(medians), style="bold")
+    out().print(table)
+    return medians[3], medians[4], medians[2]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+    """Print a table; columns whose numbers are in ``right`` are aligned there."""
+    drawn = Table(box=None, pad_edge=False)
+    for number, name in enumerate(head):
+        drawn.add_column(name, justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(escape(cell) for cell in row))
+    out().print(drawn)
+
+
+def tree(graph: Graph) -> None:
+    """Print the prunable axes with the parameters that each is part of."""
+    root = Tree("what moves together", guide_style="dim")
+    for axis in graph.prunable:
+        branch = root.add(f"{escape(axis.name)} [dim]({axis.size})[/]")
+        members: dict[str, list[str]] = {}
+        for member in axis.members:
+            members.setdefault(member.tensor, []).append(str(member.dim))
+        for name, dims in members.items():
+            branch.add(f"{escape(name)} [dim]dim {', '.join(dims)}[/]")
+    out().print(root)

@@ -1,0 +1,106 @@
+"""What can be wrong with a recipe beside its form: names that do not exist, and orders that make no sense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from slivo import losses
+from slivo.errors import RecipeError
+from slivo.prune import criteria
+from slivo.quantize import SCHEMES
+from slivo.recipe.schema import Distill, Layers, Part, Prune, Quantize, Recipe, Repeat, Stage
+from slivo.recipe.text import Path, unknown
+
+Problem = tuple[Path, str]
+"""A place, and what is wrong there."""
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what is wrong with a recipe whose keys and types are right.
+
+    Args:
+        recipe: The recipe.
+
+    Yields:
+        The place, and a text that goes on after the place's name.
+    """
+    if recipe.student.from_ is not None and recipe.student.model is not None:
+        yield ("student",), "has from and model; give one: the teacher itself is made smaller, or another model"
+    kinds = [(path, stage) for path, stage in _walk(recipe.stages, ("stages",))]
+    for path, stage in kinds:
+        if len(stage.given) != 1:
+            names = ", ".join(Stage.model_fields)
+            held = " and ".join(stage.given) or "nothing"
+            yield path, f"has {held}; a stage is a mapping with one key, one of: {names}"
+            return  # what follows takes each stage for one
+        kind, part = next(iter(stage.given.items()))
+        yield from _part(recipe, (*path, kind), part)
+    yield from _order(kinds)
+
+
+def _walk(stages: Sequence[Stage], path: Path) -> Iterator[tuple[Path, Stage]]:
+    """Yield all stages with their places, those that others hold included."""
+    for index, stage in enumerate(stages):
+        yield (*path, index), stage
+        for kind in ("repeat", "layers"):
+            holder: Repeat | Layers | None = getattr(stage, kind)
+            if holder is not None:
+                yield from _walk(holder.stages, (*path, index, kind, "stages"))
+
+
+def _part(recipe: Recipe, path: Path, part: Part) -> Iterator[Problem]:
+    """Yield what is wrong with one stage by itself."""
+    if isinstance(part, Distill):
+        yield from _losses(path, part)
+    elif isinstance(part, Prune):
+        yield from _prune(recipe, path, part)
+    elif isinstance(part, Quantize) and part.scheme not in SCHEMES:
+        yield (*path, "scheme"), unknown(part.scheme, list(SCHEMES), "one of")
+    elif isinstance(part, Layers):
+        if (part.groups is None) == (part.modules is None):
+            yield path, "needs groups, a number of parts, or modules, a list of globs for each part; one of them"
+        prunes = [stage.prune for stage in part.stages if stage.prune is not None]
+        if len(prunes) != 1:
+            yield (*path, "stages"), f"has {len(prunes)} prune stages; exactly one, which cuts each part"
+        elif prunes[0].schedule.steps != 1:
+            yield (*path, "stages"), "prunes in several steps; each part is cut once: leave schedule out"
+        elif prunes[0].only:
+            yield (*path, "stages"), "has a prune stage with only; layers says which part is cut: leave only out"
+        if any(stage.layers is not None or stage.repeat is not None for stage in part.stages):
+            yield (*path, "stages"), "holds layers or repeat; a part has plain stages only"
+
+
+def _prune(recipe: Recipe, path: Path, part: Prune) -> Iterator[Problem]:
+    if part.criterion not in criteria.names():
+        yield (*path, "criterion"), unknown(part.criterion, criteria.names(), "one of")
+    keep = part.keep
+    if keep is not None and keep.macs is None and keep.params is None:
+        yield (*path, "keep"), "is empty; give macs or params, a share between 0 and 1"
+    if keep is None and recipe.target.macs is None and recipe.target.params is None:
+        yield path, "has no keep, and target asks for neither macs nor params; give one of them"
+    if part.recover is not None:
+        yield from _losses((*path, "recover"), part.recover)
+
+
+def _losses(path: Path, part: Distill) -> Iterator[Problem]:
+    for index, loss in enumerate(part.losses):
+        try:
+            losses.build(loss)
+        except RecipeError as error:
+            yield (*path, "losses", index), f"is not valid: {error}"
+
+
+def _order(kinds: Sequence[tuple[Path, Stage]]) -> Iterator[Problem]:
+    """Yield stages that come too late: integers are not trained or cut, and an export is of what is final."""
+    closed = ""
+    for path, stage in kinds:
+        kind = next(iter(stage.given))
+        held = len(path) > 2
+        if kind in ("quantize", "export") and held:
+            yield path, f"is a {kind} stage inside {path[-3]}; it belongs after it, once"
+        elif closed == "export":
+            yield path, f"comes after export; what is exported must be final: put {kind} before it"
+        elif closed == "quantize" and kind != "export":
+            yield path, f"comes after quantize; integers are neither trained nor cut: put {kind} before it"
+        if kind in ("quantize", "export"):
+            closed = kind

@@ -1,0 +1,172 @@
+"""Lay a recipe out as a list of steps: rounds, parts and schedules spelled out, each prune step with its goal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from slivo.prune import steps as shares
+from slivo.recipe.schema import Keep, Layers, Part, Prune, Recipe, Stage, Teacher
+from slivo.recipe.text import Path
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a prune step may leave.
+
+    Args:
+        since: The step before which the student's cost is the whole; None for the teacher's cost.
+        macs: Share of the whole's multiply-accumulates that may stay, or None.
+        params: Share of its parameters, or None.
+    """
+
+    since: int | None
+    macs: float | None
+    params: float | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One part of the network among several that are treated one after the other.
+
+    Args:
+        layers: What says how the network is parted.
+        index: Which part, from 0.
+        since: The step at which the parting starts.
+    """
+
+    layers: Layers
+    index: int
+    since: int
+
+    @property
+    def count(self) -> int:
+        """How many parts there are."""
+        return self.layers.groups if self.layers.modules is None else len(self.layers.modules)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that a run does; what it leaves is kept before the next begins.
+
+    Args:
+        kind: ``teacher``, ``prune``, ``recover``, ``distill``, ``finetune``, ``quantize`` or ``export``.
+        label: What to call it.
+        path: Where in the recipe it is said.
+        part: What the recipe says.
+        goal: Of a prune step.
+        piece: The part of the network, inside ``layers``.
+    """
+
+    kind: str
+    label: str
+    path: Path
+    part: Part
+    goal: Goal | None = None
+    piece: Piece | None = None
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A prune step before its goal is known: a step ``of`` several of the prune stage ``stage``."""
+
+    step: Step
+    stage: tuple[object, ...]
+    keep: Keep | None
+
+
+def plan(recipe: Recipe) -> list[Step]:
+    """Return what a run of a recipe does, in order; the first step makes the teacher.
+
+    A prune stage with ``keep`` leaves that share of what the student had when the stage began, however many steps it
+    takes. Prune stages without share what the target asks: each of n leaves the n-th root of the target's share, so
+    that the last one reaches it.
+
+    Example:
+        >>> from slivo.recipe.load import load
+        >>> settings = ["stages.0.prune.schedule.steps=2"]
+        >>> for step in plan(load("prune-then-distill", settings).recipe)[:4]:
+        ...     print(step.label)
+        teacher
+        prune 1/2
+        recover 1/2
+        prune 2/2
+    """
+    teacher = recipe.teacher if recipe.teacher is not None else Teacher(model="")
+    found: list[Step | _Cut] = [Step("teacher", "teacher", ("teacher",), teacher)]
+    for index, stage in enumerate(recipe.stages):
+        _lay(found, stage, ("stages", index), "")
+    return _with_goals(found, recipe)
+
+
+def _lay(found: list[Step | _Cut], stage: Stage, path: Path, suffix: str, piece: Piece | None = None) -> None:
+    """Add the steps of a stage."""
+    kind, part = next(iter(stage.given.items()))
+    if stage.repeat is not None:
+        for number in range(stage.repeat.times):
+            for index, inner in enumerate(stage.repeat.stages):
+                _lay(found, inner, (*path, kind, "stages", index), f", round {number + 1}/{stage.repeat.times}")
+    elif stage.layers is not None:
+        first = Piece(stage.layers, 0, len(found))
+        for number in range(first.count):
+            for index, inner in enumerate(stage.layers.stages):
+                of = f", part {number + 1}/{first.count}"
+                _lay(found, inner, (*path, kind, "stages", index), of, replace(first, index=number))
+    elif isinstance(part, Prune):
+        # The parts of one network have one goal; anything else that prunes is a stage of its own.
+        stage_id = ("layers", piece.since) if piece is not None else ("prune", len(found))
+        count = part.schedule.steps
+        for number in range(count):
+            of = f" {number + 1}/{count}{suffix}" if count > 1 else suffix
+            found.append(_Cut(Step("prune", f"prune{of}", (*path, kind), part, piece=piece), stage_id, part.keep))
+            if part.recover is not None:
+                found.append(Step("recover", f"recover{of}", (*path, kind, "recover"), part.recover))
+    else:
+        found.append(Step(kind, f"{kind}{suffix}", (*path, kind), part, piece=piece))
+
+
+def _with_goals(found: Sequence[Step | _Cut], recipe: Recipe) -> list[Step]:
+    """Give each prune step its goal."""
+    steps = [item.step if isinstance(item, _Cut) else item for item in found]
+    cuts = [(index, item) for index, item in enumerate(found) if isinstance(item, _Cut)]
+    stages = [list(group) for _, group in groupby(cuts, key=lambda pair: pair[1].stage)]
+    openly = [stage for stage in stages if stage[0][1].keep is None]
+    for stage in stages:
+        keep = stage[0][1].keep
+        if keep is not None:
+            goals = _goals(stage, since=stage[0][0], start=(1.0, 1.0), end=(keep.macs, keep.params))
+        else:
+            asked, rank, count = (recipe.target.macs, recipe.target.params), openly.index(stage), len(openly)
+            before, after = (
+                tuple(None if share is None else share ** (number / count) for share in asked)
+                for number in (rank, rank + 1)
+            )
+            goals = _goals(stage, since=None, start=before, end=after)
+        for (index, _), goal in zip(stage, goals, strict=True):
+            steps[index] = replace(steps[index], goal=goal)
+    return steps
+
+
+def _goals(
+    stage: Sequence[tuple[int, _Cut]],
+    *,
+    since: int | None,
+    start: tuple[float | None, ...],
+    end: tuple[float | None, ...],
+) -> Iterator[Goal]:
+    """Yield the goals of a stage's steps, from one pair of shares (MACs, parameters) to another."""
+    part = stage[0][1].step.part
+    assert isinstance(part, Prune)
+    parted = stage[0][1].step.piece is not None
+
+    def shared(first: float | None, last: float | None) -> list[float | None]:
+        if first is None or last is None:
+            return [None] * len(stage)
+        if parted:  # the budget is of the whole network; each part is cut to what the whole plan leaves of it
+            return [last] * len(stage)
+        return [first * share for share in shares(part.schedule.kind, len(stage), last / first)]
+
+    macs, params = (shared(first, last) for first, last in zip(start, end, strict=True))
+    for each in zip(macs, params, strict=True):
+        yield Goal(since, *each)

@@ -1,0 +1,315 @@
+"""Run a recipe in a folder, step by step; what is done is on the disk, and a run that was killed goes on from there."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import slivo
+from slivo.errors import ArtifactError, SlivoError
+from slivo.recipe import folder as files
+from slivo.recipe import result
+from slivo.recipe.load import Loaded
+from slivo.recipe.models import Origin, made
+from slivo.recipe.plan import Step
+from slivo.recipe.prepare import Job, prepare
+from slivo.recipe.stages import STAGES, Outcome, Work, measured
+from slivo.recipe.watch import Watch
+from slivo.tasks import Task
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives.
+
+    Attributes:
+        model: The student, in evaluation mode.
+        summary: What ``summary.json`` holds: ``teacher`` and ``student`` with quality on the test data, costs and
+            latency; ``target``, ``met``, ``seconds``, ``runtime``, ``seed``.
+        misses: In what the target was missed, a text for each; empty if it was met.
+        folder: Of the run.
+    """
+
+    model: nn.Module
+    summary: Mapping[str, Any]
+    misses: tuple[str, ...]
+    folder: Path
+
+    @property
+    def met(self) -> bool:
+        """Whether the target was met."""
+        return not self.misses
+
+
+def run(
+    loaded: Loaded,
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    watch: Watch | None = None,
+    task: Task | None = None,
+    model: nn.Module | None = None,
+) -> Result:
+    """Run a recipe.
+
+    Whatever can be checked is checked before the folder is made: imports, shapes, whether the first budget can be met.
+
+    Args:
+        loaded: A recipe, from `slivo.recipe.load`.
+        out: The folder of the run; new or empty, unless ``resume``.
+        seed: Of everything random. The same seed on the same machine with as many threads gives the same student.
+        resume: Go on with the run in the folder; its recipe and seed must be these. The student is bit-identical to
+            that of a run that was not interrupted.
+        watch: Hears of progress.
+        task: In place of what the recipe says.
+        model: A trained teacher, in place of what the recipe says; left untouched.
+
+    Returns:
+        The student, and how it compares with the teacher.
+
+    Raises:
+        RecipeError: If the recipe lacks something or names something that does not exist.
+        ArtifactError: If the folder to resume is damaged.
+        ShapeError: If the network does not fit the task.
+        TargetError: If a budget cannot be met.
+        OutputError: If the folder is taken or cannot be written to.
+        SlivoError: If a stage fails.
+    """
+    path = Path(out)
+    job = prepare(loaded, task=task, model=model, seed=seed)
+    book = _reopened(path, job) if resume else _opened(path, job)
+    going = _Run(job, path, book, watch or Watch())
+    try:
+        going.restore()
+        for index in range(len(book["stages"]), len(job.steps)):
+            going.step(index)
+        return going.finish()
+    except BaseException as error:
+        going.fail(error)
+        raise
+
+
+class _Run:
+    """A run in progress: the networks as the last step left them, and the book that becomes ``run.json``."""
+
+    def __init__(self, job: Job, path: Path, book: dict[str, Any], watch: Watch) -> None:
+        self.job, self.path, self.book, self.watch = job, path, book, watch
+        self.epochs, self.checkpoints = path / files.EPOCHS, path / CHECKPOINTS
+        self.spent, self.began = float(book["seconds"]), time.perf_counter()
+        self.teacher: nn.Module | None = None
+        self.student: nn.Module | None = None
+
+    @property
+    def student_origin(self) -> Origin:
+        return self.job.student or self.job.teacher
+
+    def restore(self) -> None:
+        """Take up what the steps that are done have left; rows of a step that will be repeated go."""
+        self.book |= {"status": "running", "error": None}
+        self.save()
+        done = len(self.book["stages"])
+        fit_file = self.checkpoint(done)
+        rows = [row for row in files.read_rows(self.epochs) if row["stage"] < done + fit_file.exists()]
+        files.write_rows(self.epochs, rows)
+        if done:
+            self.teacher = self.job.teacher.load(self.path / "teacher").eval()
+        if done > 1:
+            self.student = self.student_origin.load(self.kept(done - 1)).eval()
+
+    def step(self, index: int) -> None:
+        """Do one step, and keep what it leaves before the step counts as done."""
+        step, started = self.job.steps[index], time.perf_counter()
+        self.watch.started(step.label, index, len(self.job.steps))
+        before = self.before(index)
+        outcome = STAGES[step.kind](self.work(index, step, before), step)
+        self.keep(index, step, outcome)
+        record = {
+            "index": index,
+            "kind": step.kind,
+            "label": step.label,
+            "seconds": time.perf_counter() - started,
+            "before": before,
+            "after": measured(outcome.student, self.job.task),
+            "details": outcome.details,
+        }
+        self.book["stages"].append(record)
+        self.save()
+        self.checkpoint(index).unlink(missing_ok=True)
+        shutil.rmtree(self.kept(index - 1), ignore_errors=True)
+        self.watch.finished(record)
+
+    def before(self, index: int) -> dict[str, Any] | None:
+        """Make what the step starts from, where it is not there yet; returns what is measured of it."""
+        if index == 0:
+            self.teacher = made(self.job.teacher, self.job.seed)
+            return None
+        if self.student is None:
+            self.student = _copied(self.teacher) if self.job.student is None else made(self.job.student, self.job.seed)
+        stages = self.book["stages"]
+        first = index == 1 and self.job.student is not None
+        found: dict[str, Any] = measured(self.student, self.job.task) if first else stages[-1]["after"]
+        return found
+
+    def work(self, index: int, step: Step, before: Mapping[str, Any] | None) -> Work:
+        """Return what a step works with."""
+        stages, whole = self.book["stages"], dict(before or {})
+        if step.goal is not None and step.goal.since != index:
+            whole = stages[0]["after"] if step.goal.since is None else stages[step.goal.since]["before"]
+        assert self.teacher is not None
+        return Work(
+            task=self.job.task,
+            teacher=self.teacher,
+            student=self.student or self.teacher,
+            folder=self.path,
+            seed=int(np.random.SeedSequence([self.job.seed % 2**63, index]).generate_state(1, np.uint32)[0]),
+            whole=whole,
+            watch=self.watch,
+            on_epoch=lambda row: files.append_row(self.epochs, _row(index, step, row)),
+            checkpoint=self.checkpoint(index),
+        )
+
+    def keep(self, index: int, step: Step, outcome: Outcome) -> None:
+        """Write what a step leaves: the network, and the rows of its training."""
+        if step.kind == "teacher":
+            self.teacher = outcome.student
+            self.job.teacher.save(self.teacher, self.path / "teacher", self.meta("teacher"))
+        else:
+            self.student = outcome.student
+            self.student_origin.save(self.student, self.kept(index), {})
+        # A kill may have come between a checkpoint and its row.
+        rows = [row for row in files.read_rows(self.epochs) if row["stage"] < index]
+        files.write_rows(self.epochs, [*rows, *(_row(index, step, row) for row in outcome.history)])
+
+    def finish(self) -> Result:
+        """Save the student, measure both networks as they were saved, and write down how they compare."""
+        count, task, recipe = len(self.job.steps), self.job.task, self.job.loaded.recipe
+        self.watch.started("measure", count, count)
+        assert self.teacher is not None
+        self.student_origin.save(self.student or self.teacher, self.path / "student", self.meta("student"))
+        models = {
+            "teacher": self.job.teacher.load(self.path / "teacher").eval(),
+            "student": self.student_origin.load(self.path / "student").eval(),
+        }
+        summary = result.summarize(
+            models,
+            task,
+            self.path,
+            target=recipe.target.model_dump(exclude_none=True),
+            exported=any(step.kind == "export" for step in self.job.steps),
+        )
+        self.book |= {**result.compared(models, task), "status": "done"}
+        self.save()
+        summary |= {"seconds": self.book["seconds"], "seed": self.job.seed}
+        files.write_json(self.path / files.SUMMARY, summary)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        return Result(models["student"], summary, tuple(result.misses(summary, task.primary)), self.path)
+
+    def meta(self, role: str) -> dict[str, Any]:
+        """Return what an artifact should say of itself beyond how to load it."""
+        inputs = [
+            {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+            for value in self.job.task.example_inputs
+            if isinstance(value, Tensor)
+        ]
+        return {"run": self.job.loaded.recipe.name, "role": role, "inputs": inputs}
+
+    def fail(self, error: BaseException) -> None:
+        """Write down that the run broke off, and why; what is done stays."""
+        interrupted = isinstance(error, KeyboardInterrupt)
+        self.book |= {"status": "failed", "error": "interrupted" if interrupted else str(error) or type(error).__name__}
+        self.save()
+
+    def save(self) -> None:
+        """Write ``run.json``."""
+        self.book["seconds"] = self.spent + time.perf_counter() - self.began
+        files.write_json(self.path / files.RUN, self.book)
+
+    def checkpoint(self, index: int) -> Path:
+        """Return the file from which a step's training resumes."""
+        return self.checkpoints / f"{index:03}.fit"
+
+    def kept(self, index: int) -> Path:
+        """Return the folder that holds the student after a step."""
+        return self.checkpoints / f"{index:03}"
+
+
+def _opened(path: Path, job: Job) -> dict[str, Any]:
+    """Make the folder; returns an empty book."""
+    files.open_new(path)
+    return {
+        "format": files.FORMAT,
+        "slivo": slivo.__version__,
+        "name": job.loaded.recipe.name,
+        "task": {"kind": job.task.kind, "name": job.task.name, "primary": job.task.primary},
+        "seed": job.seed,
+        "recipe": job.loaded.recipe.plain(),
+        "machine": _machine(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "status": "running",
+        "seconds": 0.0,
+        "stages": [],
+        "decisions": [],
+    }
+
+
+def _reopened(path: Path, job: Job) -> dict[str, Any]:
+    """Return what a run wrote down, if it was a run of this job."""
+    book = files.read_json(path / files.RUN)
+    if book.get("format") != files.FORMAT:
+        raise ArtifactError(f"{path / files.RUN} has format {book.get('format')}; this version resumes {files.FORMAT}")
+    for name, value in (("seed", job.seed), ("recipe", job.loaded.recipe.plain())):
+        if book.get(name) != value:
+            raise SlivoError(
+                f"{path} holds a run of another {name}; resume with the one it was started with, or start anew in "
+                "another folder (--out)"
+            )
+    return book
+
+
+def _row(index: int, step: Step, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"stage": index, "label": step.label, **row}
+
+
+def _copied(model: nn.Module | None) -> nn.Module:
+    assert model is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # copies of captured graphs warn of PyTorch's own code
+        return copy.deepcopy(model)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu() -> str:
+    """Return the processor's name; platform.processor() is empty on most Linux systems."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

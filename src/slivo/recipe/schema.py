@@ -1,0 +1,212 @@
+"""What a recipe may say: every key, its type, its range and its default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+SHARE = "a share between 0 and 1 (0.5 keeps half)"
+_AT_LEAST_ONE = "a whole number, 1 or more"
+_GLOBS = "a list of globs over axis names and module paths"
+_REFERENCE = "'package.module:callable' or the folder of an artifact"
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Part(BaseModel):
+    """A mapping of a recipe; keys that it does not know are refused, and so are values of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class Optimizer(Part):
+    """Optimizer of a training; see `slivo.train.OptimizerSpec`.
+
+    Without a learning rate it is 0.1 for SGD and 0.001 for AdamW from scratch, and a tenth of that for weights that are
+    trained already.
+    """
+
+    kind: Literal["sgd", "adamw"] = Field(default="sgd", description="sgd or adamw")
+    lr: Annotated[float, Field(gt=0)] | None = Field(default=None, description="a learning rate above 0")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="0 up to, not including, 1")
+    nesterov: bool = Field(default=True, description="true or false")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=5e-4, description="0 or above")
+    decay_vectors: bool = Field(default=False, description="true or false")
+    schedule: Literal["one-cycle", "cosine", "constant"] = Field(
+        default="one-cycle", description="one-cycle, cosine or constant"
+    )
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.2, description="a share of the steps, 0 up to 1")
+
+
+class Fit(Part):
+    """A training by the task's own loss."""
+
+    epochs: Count = Field(description=_AT_LEAST_ONE)
+    batch_size: Count = Field(default=64, description=_AT_LEAST_ONE)
+    optimizer: Optimizer = Field(default=Optimizer(), description="a mapping with kind, lr, …")
+    precision: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="auto, fp32 or bf16")
+
+
+def _as_loss(value: object) -> object:
+    """Allow ``kd`` and ``{kd: }`` for ``{kd: {}}``."""
+    if isinstance(value, str):
+        return {value: {}}
+    if isinstance(value, dict):
+        return {name: {} if arguments is None else arguments for name, arguments in value.items()}
+    return value
+
+
+Loss = Annotated[dict[str, dict[str, Any]], BeforeValidator(_as_loss), Field(min_length=1, max_length=1)]
+
+
+class Distill(Fit):
+    """A training by the task's loss and by what the teacher says."""
+
+    losses: Annotated[list[Loss], Field(min_length=1)] = Field(
+        description="a list of losses, such as [{kd: {temperature: 4.0}}]; `slivo losses` lists them"
+    )
+    label_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.1, description="the weight of the task's own loss, 0 or above"
+    )
+
+
+class Keep(Part):
+    """What may stay of the student, as shares of what it has when the stage starts."""
+
+    macs: Share | None = Field(default=None, description=SHARE)
+    params: Share | None = Field(default=None, description=SHARE)
+
+
+class Schedule(Part):
+    """How a budget is approached."""
+
+    kind: Literal["linear", "exponential", "cubic"] = Field(default="cubic", description="linear, exponential or cubic")
+    steps: Count = Field(default=1, description=_AT_LEAST_ONE)
+
+
+class Prune(Part):
+    """Cut channels, heads and units out of the student, in one or several steps."""
+
+    criterion: str = Field(default="l2", description="the name of a criterion; `slivo criteria` lists them")
+    scope: Literal["global", "uniform"] = Field(default="global", description="global or uniform")
+    keep: Keep | None = Field(
+        default=None, description="a mapping with macs or params, or left out for what the target asks"
+    )
+    schedule: Schedule = Field(default=Schedule(), description="a mapping with kind and steps")
+    recover: Distill | None = Field(default=None, description="a mapping as that of distill; trained after each step")
+    only: list[str] = Field(default=[], description=_GLOBS)
+    exclude: list[str] = Field(default=[], description=_GLOBS)
+    min_width: Annotated[float | int, Field(ge=0)] = Field(default=0.1, description="a share of an axis, or a count")
+    round_to: Count = Field(default=1, description=_AT_LEAST_ONE)
+    samples: Count = Field(default=512, description=_AT_LEAST_ONE)
+
+
+class Quantize(Part):
+    """Store weights as integers."""
+
+    scheme: str = Field(default="int8-static", description="the name of a scheme")
+    samples: Count = Field(default=512, description=_AT_LEAST_ONE)
+    exclude: list[str] = Field(default=[], description="a list of globs over module paths")
+
+
+class Export(Part):
+    """Write teacher and student for another runtime."""
+
+    to: Literal["onnx"] = Field(default="onnx", description="onnx")
+
+
+class Repeat(Part):
+    """Several rounds of the same stages."""
+
+    times: Count = Field(description=_AT_LEAST_ONE)
+    stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="a list of stages")
+
+
+class Layers(Part):
+    """The same stages for one part of the network after the other; the prune stage cuts that part alone."""
+
+    groups: Count | None = Field(default=None, description="a number of parts, from the input to the output")
+    modules: Annotated[list[list[str]], Field(min_length=1)] | None = Field(
+        default=None, description="a list with one list of globs for each part"
+    )
+    stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="a list of stages")
+
+
+class Stage(Part):
+    """One stage: a mapping with one key, the kind of the stage."""
+
+    prune: Prune | None = Field(default=None, description="a mapping with criterion, keep, …")
+    distill: Distill | None = Field(default=None, description="a mapping with losses, epochs, …")
+    finetune: Fit | None = Field(default=None, description="a mapping with epochs, …")
+    quantize: Quantize | None = Field(default=None, description="a mapping with scheme, …")
+    export: Export | None = Field(default=None, description="a mapping with to")
+    repeat: Repeat | None = Field(default=None, description="a mapping with times and stages")
+    layers: Layers | None = Field(default=None, description="a mapping with groups or modules, and stages")
+
+    @property
+    def given(self) -> dict[str, Part]:
+        """The keys that were given, with what they hold; a valid stage has one."""
+        return {name: value for name, value in self if value is not None}
+
+
+class TaskPart(Part):
+    """What is to be learned, and from which data."""
+
+    kind: str = Field(description="a kind of task, such as image-classification")
+    data: str = Field(description="a data set that ships, such as digits, or 'package.module:callable'")
+    options: dict[str, Any] = Field(default={}, description="a mapping of arguments of the data set")
+
+
+class Teacher(Part):
+    """The network to learn from."""
+
+    model: str = Field(description=_REFERENCE)
+    args: dict[str, Any] = Field(default={}, description="a mapping of arguments of the model")
+    fit: Fit | None = Field(
+        default=None, description="a mapping with epochs, …; left out for a model that is trained already"
+    )
+
+
+class Student(Part):
+    """The network that is made smaller: a copy of the teacher, or another."""
+
+    from_: Literal["teacher"] | None = Field(default=None, alias="from", description="teacher")
+    model: str | None = Field(default=None, description=_REFERENCE)
+    args: dict[str, Any] = Field(default={}, description="a mapping of arguments of the model")
+
+
+class Goal(Part):
+    """What the student must reach; costs are shares of the teacher's."""
+
+    macs: Share | None = Field(default=None, description=SHARE)
+    params: Share | None = Field(default=None, description=SHARE)
+    bytes: Share | None = Field(default=None, description=SHARE)
+    latency_ms: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="milliseconds at batch 1, above 0"
+    )
+    max_drop: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="how much of the task's metric may be lost, 0 to 1 (0.01 is one point)"
+    )
+
+
+class Recipe(Part):
+    """A whole recipe."""
+
+    name: str = Field(default="", description="a name for the run")
+    task: TaskPart | None = Field(default=None, description="a mapping with kind and data")
+    teacher: Teacher | None = Field(default=None, description="a mapping with model, args and fit")
+    student: Student = Field(
+        default=Student.model_validate({"from": "teacher"}), description="a mapping with from, or model"
+    )
+    target: Goal = Field(default=Goal(), description="a mapping with macs, params, bytes, latency_ms, max_drop")
+    stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="a list of stages")
+
+    def plain(self) -> dict[str, Any]:
+        """Return the recipe as JSON-ready data with every default filled in, as YAML would spell it."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+Repeat.model_rebuild()
+Layers.model_rebuild()

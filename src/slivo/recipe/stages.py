@@ -1,0 +1,254 @@
+"""The stages: what each kind of step does to the student."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from slivo import edits, losses
+from slivo.distill import distill
+from slivo.errors import SlivoError
+from slivo.export import onnx
+from slivo.graph import trace
+from slivo.measure import cost, quality
+from slivo.prune import Budget, criteria, prune, select
+from slivo.quantize import quantize
+from slivo.recipe.plan import Goal, Piece, Step
+from slivo.recipe.schema import Distill, Fit, Optimizer, Prune, Quantize, Teacher
+from slivo.recipe.watch import Watch
+from slivo.tasks import Task, forward, loader
+from slivo.train import OptimizerSpec, Progress, fit
+
+Details = dict[str, Any]
+Costs = Mapping[str, float]
+"""What is measured of a network between steps: the task's primary metric, ``params``, ``macs`` and ``bytes``."""
+
+_FROM_SCRATCH = {"sgd": 0.1, "adamw": 0.001}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step works with.
+
+    Args:
+        task: Data, loss and metrics.
+        teacher: The trained teacher; of the step that trains it, the teacher as it was made.
+        student: The student as the step before left it; the teacher while there is none.
+        folder: Of the run.
+        seed: Of the step; everything random in it is a function of this.
+        whole: The costs that a prune step's goal is a share of.
+        watch: Hears of progress.
+        on_epoch: Gets each row of a training.
+        checkpoint: A file of the step's own for a training to resume from.
+    """
+
+    task: Task
+    teacher: nn.Module
+    student: nn.Module
+    folder: Path
+    seed: int
+    whole: Costs
+    watch: Watch
+    on_epoch: Callable[[Mapping[str, Any]], None]
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step gives: the student, what is worth telling, and the rows of its training."""
+
+    student: nn.Module
+    details: Details
+    history: list[dict[str, Any]]
+
+
+def measured(model: nn.Module, task: Task) -> dict[str, float]:
+    """Return what a run notes of a network between steps; quality is that on the validation data."""
+    counted = cost(model, task.example_inputs)
+    return {
+        task.primary: quality(model, task, "val")[task.primary],
+        "params": counted.params,
+        "macs": counted.macs,
+        "bytes": counted.size_bytes,
+    }
+
+
+def run_teacher(work: Work, step: Step) -> Outcome:
+    """Train the teacher, unless it is trained already."""
+    part = step.part
+    assert isinstance(part, Teacher)
+    if part.fit is None:
+        return Outcome(work.teacher.eval(), {"model": part.model}, [])
+    history = _fit(work, step, work.teacher, part.fit, scratch=True)
+    return Outcome(work.teacher, {"model": part.model, "epochs": part.fit.epochs}, history)
+
+
+def optimizer(part: Optimizer, *, scratch: bool) -> OptimizerSpec:
+    """Return the optimizer that a recipe asks for; without a learning rate, one that suits the start."""
+    given = part.model_dump()
+    if given["lr"] is None:
+        given["lr"] = _FROM_SCRATCH[part.kind] * (1.0 if scratch else 0.1)
+    return OptimizerSpec(**given)
+
+
+def run_prune(work: Work, step: Step) -> Outcome:
+    """Cut the student to the step's goal."""
+    part, task = step.part, work.task
+    assert isinstance(part, Prune)
+    assert step.goal is not None
+    needs_grads = criteria.resolve(part.criterion).needs_grads
+    only, now = list(part.only), []
+    if step.piece is not None:
+        pieces = parted(step.piece, work.student, task, part.exclude)
+        now = pieces[step.piece.index]
+        only = [glob for piece in pieces[step.piece.index :] for glob in piece]
+    with _seeded(work.seed):
+        student = prune(
+            work.student,
+            task.example_inputs,
+            keep=budget(step.goal, work.whole),
+            criterion=part.criterion,
+            scope=part.scope,
+            only=only,
+            exclude=part.exclude,
+            now=now,
+            min_width=part.min_width,
+            round_to=part.round_to,
+            batches=list(_samples(work, part.samples)) if needs_grads else None,
+            loss=(lambda model, batch: task.loss(forward(task, model, batch), batch)) if needs_grads else None,
+        )
+    cut = edits.record(student)[-1]
+    axes = len(cut.axes) if isinstance(cut, edits.Cut) else 0
+    details: Details = {"criterion": part.criterion, "scope": part.scope, "axes": axes}
+    if step.piece is not None:
+        details["cut"] = now
+    return Outcome(student, details, [])
+
+
+def budget(goal: Goal, whole: Costs) -> Budget:
+    """Return a goal as absolute counts, given the costs that it is a share of."""
+    return Budget(
+        macs=None if goal.macs is None else max(1, int(goal.macs * whole["macs"])),
+        params=None if goal.params is None else max(1, int(goal.params * whole["params"])),
+    )
+
+
+def parted(piece: Piece, model: nn.Module, task: Task, exclude: Sequence[str]) -> list[list[str]]:
+    """Return the globs of each part: those that the recipe gives, or the prunable axes in order, in equal numbers."""
+    if piece.layers.modules is not None:
+        return [list(globs) for globs in piece.layers.modules]
+    names = [axis.name for axis in select(trace(model, task.example_inputs), exclude=exclude)]
+    if piece.count > len(names):
+        raise SlivoError(f"the network has {len(names)} axes to cut and layers asks for {piece.count} groups; fewer")
+    bounds = np.linspace(0, len(names), piece.count + 1).round().astype(int).tolist()
+    return [[escape(name) for name in names[start:stop]] for start, stop in pairwise(bounds)]
+
+
+def run_distill(work: Work, step: Step) -> Outcome:
+    """Train the student by its teacher."""
+    part = step.part
+    assert isinstance(part, Distill)
+    result = distill(
+        work.student,
+        work.teacher,
+        work.task,
+        [losses.build(loss) for loss in part.losses],
+        epochs=part.epochs,
+        optimizer=optimizer(part.optimizer, scratch=False),
+        batch_size=part.batch_size,
+        label_weight=part.label_weight,
+        seed=work.seed,
+        hooks=[Progress(work.watch.progress, step.label)],
+        checkpoint=work.checkpoint,
+        on_epoch=work.on_epoch,
+        precision=part.precision,
+    )
+    names = [next(iter(loss)) for loss in part.losses]
+    return Outcome(result.model, {"losses": names, "epochs": part.epochs}, result.history)
+
+
+def run_finetune(work: Work, step: Step) -> Outcome:
+    """Train the student by labels alone."""
+    part = step.part
+    assert isinstance(part, Fit)
+    student = copy.deepcopy(work.student)
+    return Outcome(student, {"epochs": part.epochs}, _fit(work, step, student, part, scratch=False))
+
+
+def run_quantize(work: Work, step: Step) -> Outcome:
+    """Turn the student's weights into integers."""
+    part = step.part
+    assert isinstance(part, Quantize)
+    batches = [work.task.inputs(batch) for batch in _samples(work, part.samples)]
+    student = quantize(work.student, part.scheme, batches=batches, exclude=part.exclude)
+    return Outcome(student, {"scheme": part.scheme, "samples": part.samples}, [])
+
+
+def run_export(work: Work, step: Step) -> Outcome:
+    """Write teacher and student as ONNX files; the student goes on unchanged."""
+    del step
+    files = {name: work.folder / f"{name}.onnx" for name in ("teacher", "student")}
+    for file, model in zip(files.values(), (work.teacher, work.student), strict=True):
+        onnx.export(model, file, work.task.example_inputs)
+    return Outcome(work.student, {"to": "onnx", "files": [file.name for file in files.values()]}, [])
+
+
+STAGES: Mapping[str, Callable[[Work, Step], Outcome]] = {
+    "teacher": run_teacher,
+    "prune": run_prune,
+    "recover": run_distill,
+    "distill": run_distill,
+    "finetune": run_finetune,
+    "quantize": run_quantize,
+    "export": run_export,
+}
+"""What each kind of step does."""
+
+
+def _fit(work: Work, step: Step, model: nn.Module, part: Fit, *, scratch: bool) -> list[dict[str, Any]]:
+    """Train a model in place by the task's own loss; returns one row an epoch."""
+    task = work.task
+
+    def objective(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return {"labels": task.loss(forward(task, model, batch), batch)}
+
+    return fit(
+        model,
+        loader(task, "train", batch_size=part.batch_size, seed=work.seed),
+        objective,
+        epochs=part.epochs,
+        optimizer=optimizer(part.optimizer, scratch=scratch),
+        hooks=[Progress(work.watch.progress, step.label)],
+        validate=lambda model: quality(model, task, "val"),
+        seed=work.seed,
+        precision=part.precision,
+        checkpoint=work.checkpoint,
+        on_epoch=work.on_epoch,
+    )
+
+
+def _samples(work: Work, count: int) -> Iterator[Any]:
+    """Yield batches of the training data, in an order of the step's own, with as many samples in all."""
+    size = min(64, count)
+    for index, batch in enumerate(loader(work.task, "train", batch_size=size, seed=work.seed)):
+        if index * size >= count:
+            return
+        yield batch
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Make what is drawn inside a function of the seed, and give the caller's generator back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
