@@ -1,4 +1,4 @@
-"""Losses on activations against their papers, written out in loops and float64, and what must be true of all of them."""
+"""Losses on activations against their papers, in loops and float64, and what must be true of all of them."""
 
 import math
 

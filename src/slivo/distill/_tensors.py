@@ -67,7 +67,7 @@ def gram(first: Tensor, second: Tensor) -> Tensor:
 
 
 def unit(tensor: Tensor) -> Tensor:
-    """Scale to Euclidean norm 1 over the last dimension; zeros stay zeros and get no gradient.
+    """Scale to Euclidean norm 1 over the last dimension; zeros stay zeros, and their gradient goes through as it is.
 
     Scaled by the largest entry first, so that squares neither overflow nor vanish. The scale may be cut off from the
     gradient because the result does not depend on it.

@@ -1,0 +1,82 @@
+"""A teacher is run without a trace on it, proved unchanged, and doubted where it knows nothing."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from slivo.distill.teacher import checksum, doubt, frozen, verify
+from slivo.errors import SlivoError
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+
+
+def test_frozen_teachers_do_not_learn_or_guess_and_get_their_modes_back():
+    teacher = net().train()
+    teacher[1].eval()
+    teacher[0].weight.requires_grad_(False)
+    modes = [module.training for module in teacher.modules()]
+    before, x = checksum(teacher), torch.randn(8, 4)
+    with frozen(teacher) as running:
+        assert running is teacher
+        first, second = teacher(x), teacher(x)
+    assert torch.equal(first, second)
+    assert not first.requires_grad
+    assert [module.training for module in teacher.modules()] == modes
+    assert [parameter.requires_grad for parameter in teacher.parameters()] == [False, True, True, True]
+    assert checksum(teacher) == before
+    verify(teacher, before)
+
+
+def test_modes_come_back_after_an_error():
+    teacher = net().train()
+    with pytest.raises(RuntimeError), frozen(teacher):
+        teacher(torch.randn(8, 5))
+    assert all(module.training for module in teacher.modules())
+    assert torch.is_grad_enabled()
+
+
+def test_batch_norm_in_training_mode_changes_the_checksum():
+    teacher = net().train()
+    before = checksum(teacher)
+    with torch.no_grad():
+        teacher(torch.randn(8, 4))
+    with pytest.raises(SlivoError, match=r"teacher \(Sequential\) changed while it taught"):
+        verify(teacher, before)
+
+
+def test_checksum_sees_values_types_names_and_shapes():
+    def holder(name, tensor):
+        module = nn.Module()
+        module.register_buffer(name, tensor, persistent=False)
+        return module
+
+    zeros = torch.zeros(2, 3)
+    variants = [
+        holder("a", zeros),
+        holder("b", zeros),
+        holder("a", zeros.view(3, 2)),
+        holder("a", zeros.int()),
+        holder("a", zeros + 1),
+        holder("a", torch.empty(0)),
+        holder("a", torch.tensor(0.0)),
+        holder("a", torch.tensor(False)),
+        holder("a", torch.zeros(2, 3, dtype=torch.bfloat16)),
+    ]
+    assert len({checksum(each) for each in variants}) == len(variants)
+    wide = torch.randn(3, 2)
+    assert checksum(holder("a", wide.T)) == checksum(holder("a", wide.T.contiguous()))
+
+
+def test_doubt_warns_at_chance_and_below(caplog):
+    with caplog.at_level(logging.WARNING, logger="slivo"):
+        assert not doubt(0.51, 0.5)
+        assert not caplog.records
+        assert doubt(0.5, 0.5)
+        assert doubt(0.1, 0.25, "F1")
+        assert doubt(float("nan"), 0.25)
+    assert "accuracy is 0.500, no better than chance (0.500)" in caplog.records[0].getMessage()
+    assert "F1 is 0.100" in caplog.records[1].getMessage()
