@@ -112,7 +112,8 @@ def _command(parent: Any, name: str, command: Any) -> str:
             continue
         argument = parameter.param_type_name == "argument"
         spelled = parameter.name.upper() if argument else ", ".join([*parameter.opts, *parameter.secondary_opts])
-        default = "needed" if parameter.required else _default(parameter.get_default(context))
+        shown = parameter.show_default if isinstance(parameter.show_default, str) else parameter.get_default(context)
+        default = "needed" if parameter.required else _default(shown)
         rows.append((f"`{spelled}`", getattr(parameter, "help", None) or "", default))
     text = inspect.cleandoc((command.help or "").replace("\b\n", ""))
     table = _table(("argument or option", "what it does", "default"), rows) if rows else ""
