@@ -101,7 +101,7 @@ def test_the_student_learns_and_the_teacher_is_as_it_was():
 def test_without_labels_neither_they_nor_the_tasks_loss_are_used():
     student, teacher = nets((4,), (4,))
 
-    def fails(output, batch):
+    def fails(_output, _batch):
         raise AssertionError
 
     made = distillation(teacher, forward, fails, [losses.kd()], label_weight=0)
@@ -235,9 +235,17 @@ def test_a_teacher_that_changes_is_found_out():
 
 def test_an_error_is_not_covered_up_by_what_it_caused():
     (teacher,) = nets((4,))
-    with pytest.raises(KeyError, match="cause"), objective(teacher, losses.kd()):
-        nn.init.zeros_(teacher.head.bias)
-        raise KeyError("cause")
+    made = objective(teacher, losses.kd())
+
+    def fails():
+        with made:
+            nn.init.zeros_(teacher.head.bias)
+            raise KeyError("cause")
+
+    with pytest.raises(KeyError, match="cause"):
+        fails()
+    with pytest.raises(SlivoError, match="changed"):
+        made.close()
 
 
 def test_labels_are_taken_out_of_any_batch():

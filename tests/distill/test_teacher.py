@@ -77,6 +77,7 @@ def test_doubt_warns_at_chance_and_below(caplog):
         assert not caplog.records
         assert doubt(0.5, 0.5)
         assert doubt(0.1, 0.25, "F1")
+        assert doubt(torch.tensor(1 / 3).item(), 1 / 3)
         assert doubt(float("nan"), 0.25)
     assert "accuracy is 0.500, no better than chance (0.500)" in caplog.records[0].getMessage()
     assert "F1 is 0.100" in caplog.records[1].getMessage()

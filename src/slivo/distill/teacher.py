@@ -83,7 +83,8 @@ def doubt(score: float, chance: float, measure: str = "accuracy") -> bool:
     Returns:
         Whether it warned.
     """
-    if score > chance:
+    # One third in single precision, as metrics give it, is more than one third.
+    if score > chance + 1e-6:
         return False
     _log.warning(
         "the teacher's %s is %.3f, no better than chance (%.3f): it has nothing to teach. Is it trained, are its "

@@ -1,0 +1,141 @@
+"""Losses by name: what there is comes from the functions, and whatever is wrong is refused before any training."""
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from slivo import losses
+from slivo.distill import ClassMap, Term, features, logits, relations
+from slivo.errors import RecipeError
+
+MODULES = (logits, features, relations)
+ON_LOGITS = [name for name in losses.names() if hasattr(logits, name)]
+PLACED = [name for name in losses.names() if name not in ON_LOGITS]
+
+
+def spec(name, **options):
+    """Return what a recipe says of a loss, with a place if it needs one."""
+    return {name: {**({"at": "layer1"} if name in PLACED else {}), **options}}
+
+
+def test_names_are_the_public_functions():
+    assert losses.names() == sorted(losses.names())
+    assert {"kd", "dkd", "hint", "rkd_distance"} <= set(losses.names())
+    for name in losses.names():
+        (home,) = [module for module in MODULES if getattr(vars(module).get(name), "__module__", "") == module.__name__]
+        assert inspect.getdoc(getattr(home, name)).partition("\n")[0].endswith(".")
+    assert set(losses.names()) | {"build", "describe", "names", "Loss"} == set(dir(losses))
+
+
+@pytest.mark.parametrize("name", losses.names())
+def test_every_loss_can_be_built_by_name_and_by_function(name):
+    options = {"at": "layer1"} if name in PLACED else {}
+    built, called = losses.build({name: options}), getattr(losses, name)(**options)
+    assert built == called
+    assert built == Term(next(vars(module)[name] for module in MODULES if name in vars(module)), {}, **options)
+    assert built.name == name
+    builder = getattr(losses, name)
+    assert builder.__name__ == name
+    assert builder.__doc__.startswith(next(each.summary for each in losses.describe() if each.name == name))
+
+
+def test_descriptions_say_all_options_and_defaults():
+    described = {each.name: each for each in losses.describe()}
+    assert list(described) == losses.names()
+    assert described["kd"].parameters == (
+        "temperature: float = 4.0",
+        "weight: float = 1.0",
+        "at: path = ''",
+        "class_map: indices = None",
+    )
+    assert described["hint"].parameters == ("weight: float = 1.0", "at: path")
+    assert described["rkd_angle"].parameters == ("chunk: int = 32", "weight: float = 1.0", "at: path")
+    assert all(each.summary for each in described.values())
+    # The defaults that are shown are valid.
+    for name, each in described.items():
+        numbers = {
+            option.split(":")[0]: float(option.split("= ")[1]) if ": float" in option else int(option.split("= ")[1])
+            for option in each.parameters
+            if ": float = " in option or ": int = " in option
+        }
+        losses.build(spec(name, **numbers))
+
+
+def test_options_reach_the_term():
+    term = losses.build({"dkd": {"alpha": 2, "beta": 1, "weight": 3, "at": "head", "class_map": [1, None, 0]}})
+    assert term.params == {"alpha": 2.0, "beta": 1.0}
+    assert isinstance(term.params["alpha"], float)
+    assert (term.weight, term.at, term.class_map) == (3.0, "head", ClassMap((1, None, 0)))
+    assert losses.build({"kd": None}) == losses.build({"kd": {}}) == losses.kd()
+    assert losses.sp(at=["a", "b.*"]).at == ("a", "b.*")
+    assert losses.kd(class_map=ClassMap((0, 1))).class_map == ClassMap((0, 1))
+    assert losses.kd(class_map=None).class_map is None
+    assert losses.rkd_angle(at="x", chunk=8).params == {"chunk": 8}
+
+
+@pytest.mark.parametrize("wrong", [{}, {"kd": {}, "mse": {}}, "kd", None, ["kd"]])
+def test_a_loss_is_one_name_with_options(wrong):
+    with pytest.raises(RecipeError, match=r"a loss is .*; write one name with its options, as {kd: {weight: 0.9}}"):
+        losses.build(wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kdd": {}}, "no loss is called 'kdd'; did you mean .*kd"),
+        ({"xyzzy": {}}, "no loss is called 'xyzzy'; there are .*cka, .*standardized_kd"),
+        ({1: {}}, "no loss is called 1"),
+        ({"kd": 0.9}, r"options of loss kd are 0.9; write names with values"),
+        ({"kd": ["temperature"]}, "options of loss kd are"),
+        ({"kd": {"temprature": 4}}, "loss kd has no option 'temprature'; did you mean temperature"),
+        ({"kd": {"xyzzy": 4}}, "has no option 'xyzzy'; there are temperature, weight, at, class_map"),
+        ({"kd": {1: 4}}, "has no option 1"),
+        ({"hint": {"at": "a", "class_map": [0, 1]}}, "loss hint has no option 'class_map'"),
+        ({"hint": {}}, "loss hint needs 'at': the path of the module to compare"),
+        ({"sp": None}, "loss sp needs 'at'"),
+        ({"kd": {"temperature": "hot"}}, "kd.temperature is 'hot'; it must be a number"),
+        ({"kd": {"temperature": True}}, "kd.temperature is True; it must be a number"),
+        ({"kd": {"temperature": None}}, "kd.temperature is None; it must be a number"),
+        ({"rkd_angle": {"at": "a", "chunk": 1.5}}, "rkd_angle.chunk is 1.5; it must be a whole number"),
+        ({"rkd_angle": {"at": "a", "chunk": True}}, "rkd_angle.chunk is True; it must be a whole number"),
+        ({"hint": {"at": 1}}, r"hint.at is 1; it must be a module's path, or two \(student, teacher\)"),
+        ({"hint": {"at": ["a", "b", "c"]}}, "hint.at is"),
+        ({"hint": {"at": ["a", 1]}}, "hint.at is"),
+        ({"kd": {"class_map": 3}}, "kd.class_map is 3; it must be a list with the teacher's class"),
+        ({"kd": {"class_map": "ab"}}, "kd.class_map is 'ab'"),
+        ({"kd": {"class_map": [0, 0]}}, r"kd.class_map: class map \[0, 0\] must give two or more different"),
+        ({"kd": {"weight": 0}}, "weight of kd is 0.0; it must be above 0"),
+        ({"kd": {"weight": "much"}}, "kd.weight is 'much'; it must be a number"),
+        ({"kd": {"temperature": 0}}, "loss kd: temperature is 0.0; it must be a number above 0"),
+        ({"kd": {"temperature": math.nan}}, "loss kd: temperature is nan"),
+        ({"jsd": {"beta": 1}}, "loss jsd: beta is 1.0; it must be above 0 and below 1"),
+        ({"skewed_kl": {"alpha": 1}}, "loss skewed_kl: alpha is 1.0; it must be 0 or above and below 1"),
+        ({"dkd": {"alpha": -1}}, "loss dkd: alpha is -1.0; it must be 0 or above"),
+        ({"dist": {"gamma": -1}}, "loss dist: gamma is -1.0; it must be 0 or above"),
+        ({"rkd_angle": {"at": "a", "chunk": 0}}, "loss rkd_angle: chunk is 0; it must be 1 or more"),
+        ({"correlation_congruence": {"at": "a", "gamma": 0}}, "loss correlation_congruence: gamma is 0.0"),
+    ],
+)
+def test_what_is_wrong_is_refused_with_what_is_allowed(wrong, message):
+    with pytest.raises(RecipeError, match=message):
+        losses.build(wrong)
+    ((name, options),) = wrong.items()
+    if name in losses.names() and isinstance(options, dict) and all(isinstance(option, str) for option in options):
+        with pytest.raises(RecipeError, match=message):
+            getattr(losses, name)(**options)
+
+
+def test_names_that_are_no_losses_are_no_attributes():
+    for name in ("kdd", "_hidden", "center", "Tensor"):
+        assert not hasattr(losses, name)
+    with pytest.raises(AttributeError, match=r"module 'slivo.losses' has no loss 'kdd'; did you mean .*kd"):
+        _ = losses.kdd
+
+
+def test_building_leaves_random_numbers_alone():
+    state = torch.get_rng_state()
+    for name in losses.names():
+        losses.build(spec(name))
+    assert torch.equal(torch.get_rng_state(), state)
