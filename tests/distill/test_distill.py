@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from slivo import losses
 from slivo.distill import ClassMap, Result, distill
 from slivo.distill.teacher import checksum
-from slivo.errors import RecipeError, ShapeError, SlivoError
+from slivo.errors import ArtifactError, RecipeError, ShapeError, SlivoError
 from slivo.measure import quality
 from slivo.tasks import classification
 from slivo.train import Hook, OptimizerSpec
@@ -175,6 +175,26 @@ def test_resumed_is_bit_identical(tmp_path, task, teacher, epoch):
     resumed = distill(other, teacher, task, terms, hooks=[Stops(0)], checkpoint=path, **options)
     assert_same(resumed.model, whole.model)
     assert timeless(resumed.history) == timeless(whole.history)
+
+
+def test_checkpoints_of_another_distillation_are_refused(tmp_path, task, teacher):
+    path = tmp_path / "state"
+    other = copy.deepcopy(teacher)
+    nn.init.zeros_(other.head.bias)
+
+    def run(net, terms, **options):
+        return distill(student(), net, task, terms, epochs=1, checkpoint=path, **options)
+
+    first = run(teacher, [losses.kd(temperature=2)])
+    assert_same(run(teacher, [losses.kd(temperature=2)]).model, first.model)
+    for changed, net, terms, options in (
+        ("teacher", other, [losses.kd(temperature=2)], {}),
+        ("losses", teacher, [losses.kd(temperature=3)], {}),
+        ("losses", teacher, [losses.kd(temperature=2)], {"class_map": ClassMap((0, 1, 2))}),
+        ("label_weight", teacher, [losses.kd(temperature=2)], {"label_weight": 0.5}),
+    ):
+        with pytest.raises(ArtifactError, match=rf"belongs to another distillation \({changed}: "):
+            run(net, terms, **options)
 
 
 def test_result_is_a_function_of_the_arguments(task, teacher):

@@ -18,6 +18,7 @@ from slivo.distill.classes import ClassMap
 from slivo.distill.objective import Distillation, Term, distillation
 from slivo.distill.taps import tap
 from slivo.distill.teacher import doubt
+from slivo.errors import ArtifactError
 from slivo.measure import quality
 from slivo.tasks import Task, forward, loader
 from slivo.train import Hook, OptimizerSpec, Precision, fit
@@ -84,6 +85,7 @@ def distill(
         RecipeError: If there are no losses, or an option is out of range.
         ShapeError: If the models do not fit each other; says what to map or adapt.
         SlivoError: If a path does not exist, or the teacher changed.
+        ArtifactError: If the checkpoint is of another training, teacher or other losses.
 
     Example:
         >>> from slivo import losses
@@ -115,7 +117,7 @@ def distill(
             objective,
             epochs=epochs,
             optimizer=optimizer,
-            hooks=hooks,
+            hooks=[*hooks, _SameLesson(objective.lesson)],
             validate=lambda model: quality(model, task, "val"),
             seed=seed,
             precision=precision,
@@ -124,6 +126,24 @@ def distill(
             extra_parameters=objective.parameters(),
         )
     return Result(model, history)
+
+
+class _SameLesson(Hook):
+    """Refuses to go on from a checkpoint of another teacher or other losses, which would make a mixture of both."""
+
+    def __init__(self, lesson: dict[str, str]) -> None:
+        self.lesson = lesson
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.lesson)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in self.lesson.items():
+            if state.get(name) != value:
+                raise ArtifactError(
+                    f"the checkpoint belongs to another distillation ({name}: {value}, there {state.get(name)}); "
+                    "remove it, or give another path"
+                )
 
 
 def _copied(model: nn.Module) -> nn.Module:

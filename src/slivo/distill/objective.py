@@ -213,6 +213,14 @@ class Distillation:
         """Return the adapters' parameters, which must be trained along; they are no part of the student."""
         return [parameter for made in self.adapters.values() for parameter in made.parameters()]
 
+    @property
+    def lesson(self) -> dict[str, str]:
+        """What is taught: the teacher's checksum, the terms and the labels' weight, to compare with another's."""
+        said = [
+            (term.name, sorted(term.params.items()), term.weight, term.at, self._classes(term)) for term in self.terms
+        ]
+        return {"teacher": self._before, "losses": repr(said), "label_weight": repr(self._label_weight)}
+
     def close(self) -> None:
         """Check that the teacher has not changed.
 
