@@ -6,8 +6,7 @@ is left out of both distributions, and a sample (or token) with no class left is
 range raise a RecipeError.
 
 Where there is a temperature T the loss is multiplied by T², without which its gradient would fade as 1/T²: a weight
-found at one temperature then holds for others. (`dist` has T² from its authors; correlations do not fade, so that its
-weight does depend on T.)
+found at one temperature then holds for others. (Not for `dist`: correlations do not fade, its T² is the authors'.)
 """
 
 from __future__ import annotations
