@@ -109,17 +109,9 @@ def compress(
         >>> result.model[0].out_features, result.met
         (16, True)
     """
-    found = load(recipe, settings)
-    changes: dict[str, Any] = {"task": None, "teacher": None}
-    if target is not None:
-        changes["target"] = Goal.model_validate(target.given())
-    loaded = _checked(found, changes)
+    found = load(recipe, settings, target=None if target is None else target.given())
+    loaded = Loaded(found.recipe.model_copy(update={"task": None, "teacher": None}), found.source)
     if out is not None:
         return run(loaded, out, seed=seed, resume=resume, watch=watch, task=task, model=model)
     with tempfile.TemporaryDirectory(prefix="slivo-") as folder:
         return run(loaded, Path(folder) / "run", seed=seed, watch=watch, task=task, model=model)
-
-
-def _checked(loaded: Loaded, changes: Mapping[str, Any]) -> Loaded:
-    """Return a recipe with parts replaced, if it is valid still."""
-    return Loaded(loaded.recipe.model_copy(update=dict(changes)), loaded.source)

@@ -38,12 +38,18 @@ def shipped() -> dict[str, str]:
     return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
 
 
-def load(recipe: str | os.PathLike[str] | Mapping[str, Any], settings: Sequence[str] = ()) -> Loaded:
+def load(
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    settings: Sequence[str] = (),
+    *,
+    target: Mapping[str, float] | None = None,
+) -> Loaded:
     """Read and check a recipe.
 
     Args:
         recipe: A YAML file, the name of a recipe that ships, or a mapping as YAML would give.
         settings: Overrides such as ``"stages.0.prune.keep.macs=0.4"``; values are YAML.
+        target: In place of the recipe's.
 
     Returns:
         The recipe with every default filled in.
@@ -68,6 +74,8 @@ Did you mean 0.7?
         lines, data = _parsed(text, name)
     if not isinstance(data, dict):
         raise RecipeError(f"{name}: a recipe is a mapping with task, teacher, target and stages")
+    if target is not None:
+        data["target"] = dict(target)
     source = Source(name, lines, _override(data, settings))
     try:
         valid = Recipe.model_validate(data)

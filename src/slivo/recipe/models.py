@@ -35,6 +35,11 @@ class Origin:
         """Save a network that comes from here."""
         artifact.save(model, path, factory=self.factory, args=dict(self.args), meta=dict(meta))
 
+    @property
+    def loads(self) -> bool:
+        """Whether what is saved can be loaded in this process."""
+        return self.factory is not None or self.base is not None
+
     def load(self, path: Path) -> nn.Module:
         """Load what `save` wrote."""
         if self.factory is not None:

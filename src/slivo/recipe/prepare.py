@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +41,11 @@ class Job:
     student: Origin | None
     seed: int
 
+    @property
+    def student_origin(self) -> Origin:
+        """What the student's edits start from."""
+        return self.student or self.teacher
+
 
 def prepare(loaded: Loaded, *, task: Task | None = None, model: nn.Module | None = None, seed: int = 0) -> Job:
     """Import all that a recipe names, and check what can be checked before anything is trained.
@@ -55,8 +62,18 @@ def prepare(loaded: Loaded, *, task: Task | None = None, model: nn.Module | None
         TargetError: If what the first cut asks for cannot be had.
     """
     task = task or _task(loaded)
-    teacher, student = _teacher(loaded, model), _student(loaded)
-    networks = [made(teacher, seed), *([] if student is None else [made(student, seed)])]
+    recipe = loaded.recipe
+    with _place(loaded, "teacher"):
+        if model is not None:
+            teacher = live(model)
+        elif recipe.teacher is not None:
+            teacher = named(recipe.teacher.model, recipe.teacher.args)
+        else:
+            raise loaded.source.error(("teacher",), "is missing; a mapping with model, args and fit")
+        networks = [made(teacher, seed)]
+    with _place(loaded, "student"):
+        student = None if recipe.student.model is None else named(recipe.student.model, recipe.student.args)
+        networks += [] if student is None else [made(student, seed)]
     for network in networks:
         tasks.check(task, network)
     steps = plan(loaded.recipe)
@@ -74,37 +91,29 @@ def _task(loaded: Loaded) -> Task:
         raise RecipeError(f"{source.place(('task',))}: {error}") from error
 
 
-def _teacher(loaded: Loaded, model: nn.Module | None) -> Origin:
-    part = loaded.recipe.teacher
-    if model is not None:
-        return live(model)
-    if part is None:
-        raise loaded.source.error(("teacher",), "is missing; a mapping with model, args and fit")
+@contextmanager
+def _place(loaded: Loaded, key: str) -> Iterator[None]:
+    """Say where in the recipe a network is named that cannot be made."""
     try:
-        return named(part.model, part.args)
+        yield
     except ArtifactError as error:
-        raise RecipeError(f"{loaded.source.place(('teacher', 'model'))}: {error}") from error
-
-
-def _student(loaded: Loaded) -> Origin | None:
-    part = loaded.recipe.student
-    if part.model is None:
-        return None
-    try:
-        return named(part.model, part.args)
-    except ArtifactError as error:
-        raise RecipeError(f"{loaded.source.place(('student', 'model'))}: {error}") from error
+        raise RecipeError(f"{loaded.source.place((key, 'model'))}: {error}") from error
 
 
 def _check_budget(steps: list[Step], teacher: nn.Module, student: nn.Module, task: Task) -> None:
-    """Find out, with networks that may not be trained yet, whether what the first cut asks for can be had."""
-    first = next((step for step in steps if step.kind == "prune"), None)
-    if first is None or first.goal is None or first.piece is not None:
+    """Find out, with networks that may not be trained yet, whether what the first prune stage asks for can be had."""
+    cuts = [step for step in steps if step.kind == "prune" and step.goal is not None]
+    if not cuts or cuts[0].piece is not None:
         return  # parts are cut one by one, and each by what the others leave it
-    part = first.part
+    part = cuts[0].part
     assert isinstance(part, Prune)
     graph = trace(student, task.example_inputs)
-    whole = graph if first.goal.since is not None or teacher is student else trace(teacher, task.example_inputs)
-    keep = budget(first.goal, {"macs": whole.macs, "params": whole.params})
+    whole = graph if teacher is student else trace(teacher, task.example_inputs)
     scores = {axis.name: np.ones(axis.size) for axis in select(graph, only=part.only, exclude=part.exclude)}
-    allocate(graph, scores, keep, scope="uniform", min_width=part.min_width, round_to=part.round_to)
+    for number, step in enumerate(cuts[: part.schedule.steps]):
+        assert step.goal is not None
+        base = whole if step.goal.since is None else graph
+        keep = budget(step.goal, {"macs": base.macs, "params": base.params})
+        # A share is of what the step before left; the least that several steps can leave is no less than this.
+        least = part.min_width if isinstance(part.min_width, int) else part.min_width ** (number + 1)
+        allocate(graph, scores, keep, scope="uniform", min_width=least, round_to=part.round_to)

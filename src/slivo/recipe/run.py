@@ -23,7 +23,7 @@ from slivo.errors import ArtifactError, SlivoError
 from slivo.recipe import folder as files
 from slivo.recipe import result
 from slivo.recipe.load import Loaded
-from slivo.recipe.models import Origin, made
+from slivo.recipe.models import made
 from slivo.recipe.plan import Step
 from slivo.recipe.prepare import Job, prepare
 from slivo.recipe.stages import STAGES, Outcome, Work, measured
@@ -92,17 +92,20 @@ def run(
         SlivoError: If a stage fails.
     """
     path = Path(out)
-    job = prepare(loaded, task=task, model=model, seed=seed)
-    book = _reopened(path, job) if resume else _opened(path, job)
-    going = _Run(job, path, book, watch or Watch())
-    try:
-        going.restore()
-        for index in range(len(book["stages"]), len(job.steps)):
-            going.step(index)
-        return going.finish()
-    except BaseException as error:
-        going.fail(error)
-        raise
+    with torch.random.fork_rng(devices=[]):
+        job = prepare(loaded, task=task, model=model, seed=seed)
+        book = _reopened(path, job) if resume else _opened(path, job)
+        going = _Run(job, path, book, watch or Watch())
+        if book["status"] == "done":
+            return going.result(job.student_origin.load(path / "student"), files.read_json(path / files.SUMMARY))
+        try:
+            going.restore()
+            for index in range(len(book["stages"]), len(job.steps)):
+                going.step(index)
+            return going.finish()
+        except BaseException as error:
+            going.fail(error)
+            raise
 
 
 class _Run:
@@ -115,10 +118,6 @@ class _Run:
         self.teacher: nn.Module | None = None
         self.student: nn.Module | None = None
 
-    @property
-    def student_origin(self) -> Origin:
-        return self.job.student or self.job.teacher
-
     def restore(self) -> None:
         """Take up what the steps that are done have left; rows of a step that will be repeated go."""
         self.book |= {"status": "running", "error": None}
@@ -130,12 +129,13 @@ class _Run:
         if done:
             self.teacher = self.job.teacher.load(self.path / "teacher").eval()
         if done > 1:
-            self.student = self.student_origin.load(self.kept(done - 1)).eval()
+            self.student = self.job.student_origin.load(self.kept(done - 1)).eval()
 
     def step(self, index: int) -> None:
         """Do one step, and keep what it leaves before the step counts as done."""
         step, started = self.job.steps[index], time.perf_counter()
         self.watch.started(step.label, index, len(self.job.steps))
+        torch.manual_seed(self.seed(index))  # so that a step does not depend on what this process did before
         before = self.before(index)
         outcome = STAGES[step.kind](self.work(index, step, before), step)
         self.keep(index, step, outcome)
@@ -177,7 +177,7 @@ class _Run:
             teacher=self.teacher,
             student=self.student or self.teacher,
             folder=self.path,
-            seed=int(np.random.SeedSequence([self.job.seed % 2**63, index]).generate_state(1, np.uint32)[0]),
+            seed=self.seed(index),
             whole=whole,
             watch=self.watch,
             on_epoch=lambda row: files.append_row(self.epochs, _row(index, step, row)),
@@ -191,7 +191,7 @@ class _Run:
             self.job.teacher.save(self.teacher, self.path / "teacher", self.meta("teacher"))
         else:
             self.student = outcome.student
-            self.student_origin.save(self.student, self.kept(index), {})
+            self.job.student_origin.save(self.student, self.kept(index), {})
         # A kill may have come between a checkpoint and its row.
         rows = [row for row in files.read_rows(self.epochs) if row["stage"] < index]
         files.write_rows(self.epochs, [*rows, *(_row(index, step, row) for row in outcome.history)])
@@ -201,11 +201,11 @@ class _Run:
         count, task, recipe = len(self.job.steps), self.job.task, self.job.loaded.recipe
         self.watch.started("measure", count, count)
         assert self.teacher is not None
-        self.student_origin.save(self.student or self.teacher, self.path / "student", self.meta("student"))
-        models = {
-            "teacher": self.job.teacher.load(self.path / "teacher").eval(),
-            "student": self.student_origin.load(self.path / "student").eval(),
-        }
+        self.job.student_origin.save(self.student or self.teacher, self.path / "student", self.meta("student"))
+        models = {"teacher": self.teacher.eval(), "student": (self.student or self.teacher).eval()}
+        for name, origin in (("teacher", self.job.teacher), ("student", self.job.student_origin)):
+            if origin.loads:  # what is measured is what is on the disk
+                models[name] = origin.load(self.path / name).eval()
         summary = result.summarize(
             models,
             task,
@@ -218,7 +218,11 @@ class _Run:
         summary |= {"seconds": self.book["seconds"], "seed": self.job.seed}
         files.write_json(self.path / files.SUMMARY, summary)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
-        return Result(models["student"], summary, tuple(result.misses(summary, task.primary)), self.path)
+        return self.result(models["student"], summary)
+
+    def result(self, student: nn.Module, summary: Mapping[str, Any]) -> Result:
+        """Return what a run that is done gives."""
+        return Result(student.eval(), summary, tuple(result.misses(summary, self.job.task.primary)), self.path)
 
     def meta(self, role: str) -> dict[str, Any]:
         """Return what an artifact should say of itself beyond how to load it."""
@@ -239,6 +243,10 @@ class _Run:
         """Write ``run.json``."""
         self.book["seconds"] = self.spent + time.perf_counter() - self.began
         files.write_json(self.path / files.RUN, self.book)
+
+    def seed(self, index: int) -> int:
+        """Return a step's own seed."""
+        return int(np.random.SeedSequence([self.job.seed % 2**63, index]).generate_state(1, np.uint32)[0])
 
     def checkpoint(self, index: int) -> Path:
         """Return the file from which a step's training resumes."""

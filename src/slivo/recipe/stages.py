@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
 from itertools import pairwise
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from slivo import edits, losses
@@ -112,21 +110,20 @@ def run_prune(work: Work, step: Step) -> Outcome:
         pieces = parted(step.piece, work.student, task, part.exclude)
         now = pieces[step.piece.index]
         only = [glob for piece in pieces[step.piece.index :] for glob in piece]
-    with _seeded(work.seed):
-        student = prune(
-            work.student,
-            task.example_inputs,
-            keep=budget(step.goal, work.whole),
-            criterion=part.criterion,
-            scope=part.scope,
-            only=only,
-            exclude=part.exclude,
-            now=now,
-            min_width=part.min_width,
-            round_to=part.round_to,
-            batches=list(_samples(work, part.samples)) if needs_grads else None,
-            loss=(lambda model, batch: task.loss(forward(task, model, batch), batch)) if needs_grads else None,
-        )
+    student = prune(
+        work.student,
+        task.example_inputs,
+        keep=budget(step.goal, work.whole),
+        criterion=part.criterion,
+        scope=part.scope,
+        only=only,
+        exclude=part.exclude,
+        now=now,
+        min_width=part.min_width,
+        round_to=part.round_to,
+        batches=list(_samples(work, part.samples)) if needs_grads else None,
+        loss=(lambda model, batch: task.loss(forward(task, model, batch), batch)) if needs_grads else None,
+    )
     cut = edits.record(student)[-1]
     axes = len(cut.axes) if isinstance(cut, edits.Cut) else 0
     details: Details = {"criterion": part.criterion, "scope": part.scope, "axes": axes}
@@ -244,11 +241,3 @@ def _samples(work: Work, count: int) -> Iterator[Any]:
         if index * size >= count:
             return
         yield batch
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Make what is drawn inside a function of the seed, and give the caller's generator back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
