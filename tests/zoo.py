@@ -300,3 +300,95 @@ class Auxiliary(nn.Module):
         x = F.hardswish(self.stem(x), inplace=True)
         out = self.head(x.mean((2, 3)))
         return (out, self.aux(x)) if self.training else out
+
+
+class Sequence(nn.Module):
+    """A recurrent layer between two linears; what it gives out and, if asked for, its last state are read."""
+
+    def __init__(self, layer: nn.RNNBase, width: int, state: bool = False):
+        super().__init__()
+        self.embed, self.layer, self.state = nn.Linear(4, 5), layer, state
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        out, last = self.layer(self.embed(x))
+        last = last[0] if isinstance(last, tuple) else last
+        return self.head(out) + (self.head(last[-1])[:, None] if self.state else 0)
+
+
+@row(2, 6, 4)
+def Lstm():
+    return Sequence(nn.LSTM(5, 8, batch_first=True), 8, state=True)
+
+
+@row(2, 6, 4)
+def StackedLstm():
+    return Sequence(nn.LSTM(5, 8, num_layers=2, batch_first=True, bidirectional=True), 16)
+
+
+@row(2, 6, 4)
+def StatefulLstm():
+    return Sequence(nn.LSTM(5, 8, num_layers=2, batch_first=True), 8, state=True)
+
+
+@row(6, 2, 4)
+def ProjectedLstm():
+    return Sequence(nn.LSTM(5, 8, num_layers=2, proj_size=6, bias=False), 6)
+
+
+@row(6, 2, 4)
+def BidirectionalProjectedLstm():
+    return Sequence(nn.LSTM(5, 8, proj_size=6, bidirectional=True), 12)
+
+
+@row(6, 2, 4)
+def Gru():
+    return Sequence(nn.GRU(5, 8, num_layers=2), 8)
+
+
+@row(2, 6, 4)
+def BidirectionalGru():
+    return Sequence(nn.GRU(5, 8, bidirectional=True, batch_first=True, bias=False), 16)
+
+
+@row(2, 6, 4)
+def Rnn():
+    return Sequence(nn.RNN(5, 8, nonlinearity="relu", batch_first=True), 8, state=True)
+
+
+@row(6, 4)
+def UnbatchedRnn():
+    return Sequence(nn.RNN(5, 8, num_layers=2, bidirectional=True), 16)
+
+
+@row(2, 6, 4)
+class Cells(nn.Module):
+    """Cells in a loop of Python, each with a state of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru, self.rnn = nn.LSTMCell(4, 8), nn.GRUCell(8, 6), nn.RNNCell(6, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        one = two = three = None
+        for step in x.unbind(1):
+            one = self.lstm(step, one)
+            two = self.gru(one[0], two)
+            three = self.rnn(two, three)
+        return self.head(three)
+
+
+@row(inputs=lambda: torch.randint(11, (2, 5)))
+class LanguageModel(nn.Module):
+    """Embedding, dropout and a stacked LSTM whose output is as wide as the embedding, tied with the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.layers = nn.LSTM(8, 8, num_layers=2, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(8, 11)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.layers(self.embed(tokens))[0])

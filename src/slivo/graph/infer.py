@@ -17,6 +17,9 @@ from slivo.graph.dims import UNIT, Term, fix, head, unify, var
 Dims = tuple[Term, ...]
 Rule = Callable[..., "Dims | list[Dims | None]"]
 
+_MISFITS = (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError)
+"""What a rule raises on arguments of a form that it does not read, such as a size that is itself computed."""
+
 RULES: dict[object, Rule] = {}
 """The rule of each operator, filled by `rule` where the rules are defined."""
 
@@ -204,7 +207,10 @@ class Inference:
             return source[number] if isinstance(source, list) and isinstance(number, int) else None
         found = _rule_of(node.target)
         if found is not None and all(size != 0 for shape in self.outputs() for size in shape or ()):
-            result = found(self, *node.args, **node.kwargs)
+            try:
+                result = found(self, *node.args, **node.kwargs)
+            except _MISFITS:
+                return self._unknown(node)
             got = result if isinstance(result, list) else [result]
             sizes = [None if dims is None else tuple(term.size for term in dims) for dims in got]
             if sizes == self.outputs()[: len(sizes)]:

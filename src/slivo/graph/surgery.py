@@ -117,10 +117,18 @@ def perform_(model: nn.Module, slices: Slices, attributes: Attributes) -> None:
         new = _sliced(tensors[name], dims)
         for module, attribute, kind in owners[id(tensors[name])]:
             getattr(module, kind)[attribute] = new
+            _replace_in_lists_(module, tensors[name], new)
     for name, values in attributes.items():
         for attribute, value in values.items():
             old = getattr(modules[name], attribute, None)
             setattr(modules[name], attribute, tuple(value) if isinstance(old, tuple) else value)
+
+
+def _replace_in_lists_(module: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Put the new tensor into lists of weights that a module keeps, as recurrent layers do."""
+    for value in vars(module).values():
+        if isinstance(value, list):
+            value[:] = [new if each is old else each for each in value]
 
 
 def _owners(model: nn.Module) -> dict[Any, list[Any]]:

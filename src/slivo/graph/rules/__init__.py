@@ -4,6 +4,6 @@ An operator that PyTorch tags as pointwise needs no rule here. An operator with 
 passes through it is fixed and reported.
 """
 
-from slivo.graph.rules import attention, control, convolution, create, layout, linear, norm, reduce, select
+from slivo.graph.rules import attention, control, convolution, create, layout, linear, norm, recurrent, reduce, select
 
-__all__ = ["attention", "control", "convolution", "create", "layout", "linear", "norm", "reduce", "select"]
+__all__ = ["attention", "control", "convolution", "create", "layout", "linear", "norm", "recurrent", "reduce", "select"]

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import fx
 
 from slivo.graph.dims import UNIT, product
-from slivo.graph.infer import Dims, Inference, rule
+from slivo.graph.infer import Dims, Inference, elementwise, rule
 
 aten = torch.ops.aten
 
@@ -57,6 +58,8 @@ def extremum(t: Inference, x: Any, dim: Any = None, keepdim: bool = False) -> Di
     """Over all, of two tensors, or along one dimension, whose indices then fix it."""
     if dim is None:
         return ()
+    if isinstance(dim, fx.Node):
+        return elementwise(t, [x, dim], t.output())
     t.fix([t.of(x)[dim]], "positions are given out as indices")
     out = _reduced(t, x, dim, keepdim)
     return [out, out]
