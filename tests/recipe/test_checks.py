@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from toys import KD, PRUNE, recipe
 
 from slivo.errors import RecipeError
 from slivo.recipe import load
-from toys import KD, PRUNE, recipe
 
 LAYERS = {"groups": 2, "stages": [{"prune": {}}]}
 

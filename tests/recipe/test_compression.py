@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 from torch import nn
 
 import slivo
-import toys
 from slivo.errors import OutputError, SlivoError, TargetError
 from slivo.recipe import Watch, compress
 

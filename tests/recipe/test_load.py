@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from toys import ALL_KINDS, recipe
 
 from slivo.errors import RecipeError
 from slivo.recipe import load, shipped
-from toys import ALL_KINDS, recipe
 
 STAGES = "stages:\n  - distill: {losses: [kd], epochs: 1}\n"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from toys import KD, recipe
 
 from slivo.recipe import load
 from slivo.recipe.plan import Goal, Step, plan
-from toys import KD, recipe
 
 
 def steps(*stages: dict[str, Any], **parts: Any) -> list[Step]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import toys
 from torch import nn
 
 import slivo
-import toys
 from slivo import edits
 from slivo.errors import ArtifactError, OutputError, RecipeError, ShapeError, SlivoError, TargetError
 from slivo.recipe import Result, Watch, load, run
