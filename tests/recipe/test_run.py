@@ -217,6 +217,14 @@ def test_a_stage_that_fails_leaves_what_was_done_and_can_go_on_once_mended(
     assert run(recipe, tmp_path / "run", resume=True).met
 
 
+def test_what_the_library_warns_of_is_kept(tmp_path: Path) -> None:
+    recipe = toys.recipe({"distill": {**toys.KD, "epochs": 1}}, teacher={"model": "toys:net"}, target={})
+    run(load(recipe), tmp_path / "run", seed=3)
+    (warned,) = json.loads((tmp_path / "run" / "run.json").read_text())["decisions"]
+    assert (warned["stage"], warned["what"]) == ("distill", "warned")
+    assert "no better than chance" in warned["why"]
+
+
 def test_a_missed_target_gives_a_complete_folder(tmp_path: Path) -> None:
     result = run(load(toys.recipe({"finetune": {"epochs": 1}}, target={"macs": 0.5})), tmp_path / "run")
     assert result.misses == ("macs is 100.0% of the teacher's, at most 50.0% was asked for",)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import platform
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,8 +138,9 @@ class _Run:
         step, started = self.job.steps[index], time.perf_counter()
         self.watch.started(step.label, index, len(self.job.steps))
         torch.manual_seed(self.seed(index))  # so that a step does not depend on what this process did before
-        before = self.before(index)
-        outcome = STAGES[step.kind](self.work(index, step, before), step)
+        with _warnings() as warned:
+            before = self.before(index)
+            outcome = STAGES[step.kind](self.work(index, step, before), step)
         self.keep(index, step, outcome)
         record = {
             "index": index,
@@ -149,6 +152,7 @@ class _Run:
             "details": outcome.details,
         }
         self.book["stages"].append(record)
+        self.book["decisions"] += [{"stage": step.label, "what": "warned", "why": text} for text in warned]
         self.save()
         self.checkpoint(index).unlink(missing_ok=True)
         shutil.rmtree(self.kept(index - 1), ignore_errors=True)
@@ -288,6 +292,20 @@ def _reopened(path: Path, job: Job) -> dict[str, Any]:
                 "another folder (--out)"
             )
     return book
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect what the library warns of, so that it is not lost with the terminal."""
+    found: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("slivo")
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
 
 
 def _row(index: int, step: Step, row: Mapping[str, Any]) -> dict[str, Any]:
