@@ -266,6 +266,8 @@ def test_an_exporting_run_measures_what_it_exports(tmp_path: Path) -> None:
     result = run(load(toys.recipe({"prune": {}}, {"quantize": {}}, {"export": {}})), tmp_path / "run")
     assert {"teacher.onnx", "student.onnx"} <= {file.name for file in result.folder.iterdir()}
     assert result.summary["runtime"].startswith("ONNX Runtime")
+    export = json.loads((result.folder / "run.json").read_text())["stages"][-1]
+    assert export["details"]["accuracy in ONNX Runtime"] == pytest.approx(export["after"]["accuracy"], abs=0.05)
     latency = result.summary["student"]["latency_ms"]
     assert all(0 < p50 <= p95 and math.isfinite(p95) for p50, p95 in latency.values())
 
