@@ -33,6 +33,11 @@ class Table:
     classes: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
+    @property
+    def upright(self) -> bool:
+        """Whether the names fit above their columns, or must be turned."""
+        return max(map(len, self.classes)) <= 3
+
 
 @dataclass(frozen=True)
 class Moved:

@@ -78,6 +78,7 @@ def render(folder: Folder) -> str:
         specs={figure.id: figure.spec for figure in charts.values()},
         matrices=confusion.tables(folder.run),
         moved=confusion.moved(folder.run),
+        subtitle=view.subtitle(folder.run),
         decisions=view.decisions(folder.run),
         machine=view.machine(folder.run),
         recipe=view.recipe(folder.run),

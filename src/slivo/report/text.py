@@ -101,6 +101,16 @@ def change(name: str, before: float | None, after: float | None) -> str:
     return signed(f"{delta:+.3g}")
 
 
+def points(share: float) -> str:
+    """Return a difference of shares in percentage points.
+
+    Example:
+        >>> points(0.01), points(0.005)
+        ('1 point', '0.5 points')
+    """
+    return f"{100 * share:.3g} point" + ("" if round(100 * share, 3) == 1 else "s")
+
+
 def signed(number: str) -> str:
     """Return a signed number with a true minus, and no sign of its own for zero.
 

@@ -180,30 +180,41 @@ def checks(summary: Summary, metric: str) -> tuple[Check, ...]:
 
 
 def _check(name: str, asked: JsonValue, summary: Summary, metric: str) -> Check:
-    teacher, student = summary.teacher or Measured(), summary.student or Measured()
     if not isinstance(asked, int | float) or isinstance(asked, bool):
-        return Check(name, _plain(asked), text.MISSING, None)
-    # One part in 10⁹: a share that was met exactly is met, whatever the rounding.
-    most = asked * (1 + 1e-9) + 1e-12
+        return Check(text.title(name), _plain(asked), "", None)
     if name in COSTS:
-        before, after = getattr(teacher, name), getattr(student, name)
-        if not before or after is None:
-            return Check(LABELS[name], f"≤ {100 * asked:.4g} %", text.MISSING, None)
-        return Check(
-            LABELS[name],
-            f"≤ {100 * asked:.4g} % of the teacher's",
-            text.percent(after / before),
-            after / before <= most,
-        )
+        return _check_cost(name, asked, summary)
     if name == "max_drop":
-        before, after = teacher.quality.get(metric), student.quality.get(metric)
-        limit = f"{100 * asked:.3g} points" if text.is_share(metric) else f"{asked:.3g}"
-        got = text.change(metric, before, after)
-        # How much an error rate may grow is for the run to judge: "drop" does not say which way it counts.
-        unclear = before is None or after is None or metric in text.LOWER_IS_BETTER
-        met = None if unclear else before - after <= most
-        return Check(f"{text.title(metric)} drop", f"≤ {limit}", got, met)
-    return Check(name, f"{asked:g}", text.MISSING, None)
+        return _check_drop(metric, asked, summary)
+    return Check(text.title(name), f"{asked:g}", "", None)
+
+
+def _check_cost(name: str, asked: float, summary: Summary) -> Check:
+    before, after = getattr(summary.teacher, name, None), getattr(summary.student, name, None)
+    limit = f"≤ {100 * asked:.4g} % of the teacher's"
+    if not before or after is None:
+        return Check(LABELS[name], limit, "", None)
+    return Check(LABELS[name], limit, text.percent(after / before), after / before <= _most(asked))
+
+
+def _check_drop(metric: str, asked: float, summary: Summary) -> Check:
+    before = summary.teacher.quality.get(metric) if summary.teacher else None
+    after = summary.student.quality.get(metric) if summary.student else None
+    limit = text.points(asked) if text.is_share(metric) else f"{asked:.3g}"
+    name = f"{text.title(metric)} drop"
+    if before is None or after is None:
+        return Check(name, f"≤ {limit}", "", None)
+    # How much an error rate may grow is for the run to judge: "drop" does not say which way it counts.
+    if metric in text.LOWER_IS_BETTER:
+        return Check(name, f"≤ {limit}", text.change(metric, before, after), None)
+    drop = before - after
+    got = text.change(metric, after, before).lstrip("+") if drop > 0 else f"none, {text.change(metric, before, after)}"
+    return Check(name, f"≤ {limit}", got, drop <= _most(asked))
+
+
+def _most(asked: float) -> float:
+    """A share that was met exactly is met, whatever the rounding."""
+    return asked * (1 + 1e-9) + 1e-12
 
 
 def stage_rows(run: Run, metric: str) -> tuple[StageRow, ...]:
@@ -230,6 +241,19 @@ def _cell(stage: Stage, name: str, metric: str) -> tuple[str, str]:
 
     before, after = show(stage.before), show(stage.after) or text.MISSING
     return ("" if before in (after, text.MISSING) else before, after)
+
+
+def subtitle(run: Run) -> str:
+    """Return in one line what was compressed, on what, and how long it took."""
+    parts = []
+    task = run.recipe.get("task")
+    if isinstance(task, dict) and task.get("kind"):
+        parts.append(_plain(task["kind"]) + (f" on {_plain(task['data'])}" if task.get("data") else ""))
+    if model := factory(run):
+        parts.append(f"teacher {model}")
+    if run.seconds is not None:
+        parts.append(f"{text.duration(run.seconds)} in all")
+    return " · ".join(parts)
 
 
 def decisions(run: Run) -> tuple[tuple[str, str, str], ...]:
@@ -272,4 +296,6 @@ def _plain(value: JsonValue) -> str:
         return value
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, list):
+        return ", ".join(_plain(item) for item in value)
     return json.dumps(value, ensure_ascii=False)
