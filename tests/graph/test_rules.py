@@ -58,7 +58,7 @@ LINES = {
     "index_mask": (lambda s, x: x[:, torch.tensor([True, False, True, False, True])], 0, {}),
     "index_select": (lambda s, x: x.index_select(1, torch.tensor([1, 0])), 1, {}),
     "gather": (lambda s, x: x.gather(1, torch.zeros(2, 1, 12, dtype=torch.long)), 1, {}),
-    "scatter": (lambda s, x: torch.zeros_like(x).scatter(1, torch.zeros(2, 5, 12, dtype=torch.long), x), 0, {}),
+    "scatter": (lambda s, x: torch.zeros_like(x).scatter(1, torch.zeros(2, 5, 12, dtype=torch.long), x), 1, {}),
     "index_put": (lambda s, x: x.index_put((torch.tensor([0]),), torch.tensor(1.0, dtype=x.dtype)), 1, {}),
     "slice_scatter": (lambda s, x: x.slice_scatter(x[:, :2].relu(), 1, 0, 2), 1, {}),
     "select_scatter": (lambda s, x: x.select_scatter(x[:, 0].relu(), 1, 0), 1, {}),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from slivo.graph.capture import Capture
+from slivo.graph.decompose import decompose
 from slivo.graph.dims import UNIT, Term, fix, head, unify, var
 
 Dims = tuple[Term, ...]
@@ -25,7 +26,7 @@ RULES: dict[object, Rule] = {}
 
 
 def rule(*operators: object) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of operators.
+    """Register a function as the rule of operators; those of other libraries are given by their qualified names.
 
     A rule is called with the `Inference` and the operator's own arguments (nodes stand for tensors), states what is
     equal to what, and returns the dimensions of the output: a tuple of terms, or a list of them for several outputs.
@@ -130,7 +131,8 @@ class Inference:
 
     def cost(self, constant: int, *terms: Term) -> None:
         """Count multiply-accumulates: the constant times the product of the dimensions."""
-        self.costs.append(Cost(constant, terms))
+        if all(term.size > 0 for term in terms):
+            self.costs.append(Cost(constant, terms))
 
     def fact(self, attribute: str, *terms: Term) -> None:
         """Say which attribute of the current module, if it has it, holds a dimension's size."""
@@ -171,12 +173,17 @@ class Inference:
         """Walk the graph of a sub-module (a ``no_grad`` block, say) as if it stood at the current node."""
         owner = self.node.graph.owning_module
         assert owner is not None
+        return self._walk(getattr(owner, module.target).graph, arguments)
+
+    def _walk(self, graph: fx.Graph, arguments: Sequence[Any]) -> list[Dims | None]:
         given, outer, result = iter(arguments), self.node, list[Dims | None]()
-        for node in getattr(owner, module.target).graph.nodes:
+        for node in graph.nodes:
             self.node = node
             if node.op == "placeholder":
                 argument = next(given)
                 self.dims[node] = self.dims[argument] if isinstance(argument, fx.Node) else None
+            elif node.op == "get_attr":
+                self.dims[node] = self._given(node, "a constant of the network")
             elif node.op == "output":
                 returned = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
                 result = [self.dims[each] if isinstance(each, fx.Node) else None for each in returned]
@@ -206,7 +213,7 @@ class Inference:
             source = self.dims[whole] if isinstance(whole, fx.Node) else None
             return source[number] if isinstance(source, list) and isinstance(number, int) else None
         found = _rule_of(node.target)
-        if found is not None and all(size != 0 for shape in self.outputs() for size in shape or ()):
+        if found is not None and all(size >= 0 for shape in self.outputs() for size in shape or ()):
             try:
                 result = found(self, *node.args, **node.kwargs)
             except _MISFITS:
@@ -215,7 +222,21 @@ class Inference:
             sizes = [None if dims is None else tuple(term.size for term in dims) for dims in got]
             if sizes == self.outputs()[: len(sizes)]:
                 return result
-        return self._unknown(node)
+        return self._decomposed(node) if found is None else self._unknown(node)
+
+    def _decomposed(self, node: fx.Node) -> Any:
+        """Read an operator without a rule as the operators that it is made of, if it is made of any."""
+        graph = decompose(node)
+        if graph is None:
+            return self._unknown(node)
+        for each in graph.nodes:
+            each.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+            if each.op == "get_attr" and "val" not in each.meta:
+                return self._unknown(node)
+        literals = len(self.literals)
+        result = self._walk(graph, node.all_input_nodes)
+        del self.literals[literals:]  # integers that stand in no captured graph
+        return result[0] if isinstance(node.meta.get("val"), Tensor) else result
 
     def _unknown(self, node: fx.Node) -> Any:
         """Fix everything that an operator without a rule touches."""
@@ -263,8 +284,9 @@ def _pointwise(t: Inference, *args: Any, **kwargs: Any) -> Dims:
 
 def _rule_of(target: Any) -> Rule | None:
     packet = getattr(target, "overloadpacket", target)
-    if packet in RULES:
-        return RULES[packet]
+    for key in (packet, getattr(packet, "_qualified_op_name", None)):
+        if key in RULES:
+            return RULES[key]
     if torch.Tag.pointwise in getattr(target, "tags", ()):
         return _pointwise
     name = getattr(packet, "__name__", "")
@@ -299,8 +321,8 @@ def _shapes(value: Any) -> list[tuple[int, ...] | None]:
 
 
 def _size(size: int | torch.SymInt) -> int:
-    """Return a size as a number; 0 for one that depends on values, which no rule is applied to."""
-    return size if isinstance(size, int) else 0
+    """Return a size as a number; -1 for one that depends on values, which no rule is applied to."""
+    return size if isinstance(size, int) else -1
 
 
 def _tensors(dims: Any) -> Iterator[Dims]:

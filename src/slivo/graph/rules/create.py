@@ -107,7 +107,19 @@ def new_filled(t: Inference, x: Any, size: Sequence[int], *args: Any, **kwargs: 
     return dims
 
 
-@rule(aten.arange, aten.linspace, aten.eye, aten.scalar_tensor, aten.randn, aten.rand, aten.tril_indices)
+@rule(
+    aten.arange,
+    aten.linspace,
+    aten.eye,
+    aten.scalar_tensor,
+    aten.randn,
+    aten.rand,
+    aten.randperm,
+    aten.randint,
+    aten.normal,
+    aten.tril_indices,
+    aten.triu_indices,
+)
 def positional(t: Inference, *args: Any, **kwargs: Any) -> Dims:
     """Every position has a value of its own."""
     return t.fresh(t.output(), "each position has a value of its own")

@@ -41,7 +41,7 @@ def mv(t: Inference, left: Any, right: Any) -> Dims:
     return _matmul(t, t.of(left), t.of(right))
 
 
-@rule(aten.dot)
+@rule(aten.dot, aten.vdot)
 def dot(t: Inference, left: Any, right: Any) -> Dims:
     """A vector times a vector."""
     return _matmul(t, t.of(left), t.of(right))
@@ -56,6 +56,28 @@ def addmm(t: Inference, bias: Any, left: Any, right: Any, *, beta: float = 1, al
             t.unify(term, out[-offset])
     t.role(out[-1], "out")
     return out
+
+
+@rule(aten.addbmm)
+def addbmm(t: Inference, bias: Any, left: Any, right: Any, *, beta: float = 1, alpha: float = 1) -> Dims:
+    """``bias + sum over the batch of left @ right``."""
+    out = _matmul(t, t.of(left), t.of(right))[1:]
+    for offset, term in enumerate(reversed(t.of(bias)), start=1):
+        if term.size > 1:
+            t.unify(term, out[-offset])
+    return out
+
+
+@rule(aten._grouped_mm, "transformers::grouped_mm_fallback")
+def grouped_mm(t: Inference, x: Any, weight: Any, *args: Any, **kwargs: Any) -> Dims:
+    """Each run of rows is multiplied with the matrix of its expert: ``x[-1] = weight[1]``, ``y[-1] = weight[2]``."""
+    source, (experts, inner, out) = t.of(x), t.of(weight)
+    t.fix((experts,), "experts are picked by number")
+    t.unify(source[-1], inner)
+    t.read(inner)
+    t.cost(1, *source[:-1], out, inner)
+    t.role(out, "out")
+    return (*source[:-1], out)
 
 
 def _matmul(t: Inference, left: Dims, right: Dims) -> Dims:

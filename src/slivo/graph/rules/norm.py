@@ -51,6 +51,22 @@ def layer_norm(
     return source
 
 
+@rule(aten._weight_norm, aten._weight_norm_interface)
+def weight_norm(t: Inference, direction: Any, length: Any, dim: int = 0) -> Dims | list[Dims | None]:
+    """A weight as its direction, divided by its norm over all other dimensions, times a length."""
+    dims, lengths = t.of(direction), t.of(length)
+    for term, other in zip(dims, lengths, strict=True):
+        if other.size > 1:
+            t.unify(term, other)
+    return dims if len(t.outputs()) == 1 else [dims, lengths]
+
+
+@rule(aten.renorm)
+def renorm(t: Inference, x: Any, *args: Any) -> Dims:
+    """Slices are made shorter; norms do not depend on the order."""
+    return t.of(x)
+
+
 @rule(aten.group_norm)
 def group_norm(t: Inference, x: Any, num_groups: int, weight: Any = None, bias: Any = None, *rest: Any) -> Dims:
     """``x[1] = G · c``: channels move within their group, groups move as wholes."""

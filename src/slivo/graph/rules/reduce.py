@@ -88,6 +88,19 @@ def glu(t: Inference, x: Any, dim: int = -1) -> Dims:
     return tuple(dims)
 
 
+@rule(aten.histc)
+def histogram(t: Inference, x: Any, *args: Any, **kwargs: Any) -> Dims:
+    """Counts over everything; the bins are a new dimension."""
+    return t.fresh(t.output(), "bins")
+
+
+@rule(aten.cummax, aten.cummin)
+def running_extremum(t: Inference, x: Any, dim: int) -> list[Dims | None]:
+    """Depends on the order, so the dimension is fixed."""
+    t.fix([t.of(x)[dim]], "depends on the order")
+    return [t.of(x), t.of(x)]
+
+
 @rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.flip)
 def running(t: Inference, x: Any, dim: Any = 0, *args: Any, **kwargs: Any) -> Dims:
     """Depends on the order, so the dimension is fixed."""

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
 from slivo.graph.dims import UNIT, Term, concat, product, take, var
-from slivo.graph.infer import Dims, Inference, elementwise, rule
+from slivo.graph.infer import Dims, Inference, rule
 
 aten = torch.ops.aten
 
@@ -25,6 +24,8 @@ def slice_(t: Inference, x: Any, dim: int = 0, start: int | None = None, end: in
 def _slice(t: Inference, term: Term, start: int | None, end: int | None, step: int) -> Term:
     size = term.size
     first, last, _ = slice(start, end, step).indices(size)
+    if first >= last:
+        return t.fresh([0], "is empty")[0]
     if step > 1:
         if size % step == 0 and first < step and last > size - step:
             high, low = var(size // step), var(step, f"{t.place}: every {step}th position")
@@ -83,71 +84,6 @@ def select(t: Inference, x: Any, *args: Any) -> Dims:
         return tuple(dims)
     del dims[dim]
     return tuple(dims)
-
-
-@rule(aten.index, aten.index_put, aten.index_put_)
-def index(t: Inference, x: Any, indices: Sequence[Any], *rest: Any) -> Dims:
-    """Dimensions indexed by a tensor are fixed; the others pass."""
-    source, picked = t.of(x), [at for at, each in enumerate(indices) if each is not None]
-    at = 0
-    spread: list[tuple[Term, bool]] = []
-    for each in indices:
-        count = 1 if each is None or "bool" not in _dtype(each) else len(t.of(each))
-        spread.extend((term, each is not None) for term in source[at : at + count])
-        at += count
-    spread.extend((term, False) for term in source[at:])
-    t.fix([term for term, used in spread if used], "positions are picked by a tensor")
-    if t.node.target is not aten.index.Tensor:
-        return source
-    kept = [term for term, used in spread if not used]
-    shape = t.output()
-    extra = t.fresh(shape[: len(shape) - len(kept)], "positions picked by a tensor")
-    together = picked == list(range(picked[0], picked[-1] + 1)) if picked else False
-    before = picked[0] if together else 0
-    sizes = shape[before : before + len(extra)]
-    extra = _indexed(t, [indices[i] for i in picked], sizes)
-    return (*kept[:before], *extra, *kept[before:])
-
-
-def _indexed(t: Inference, indices: Sequence[Any], sizes: Sequence[int]) -> Dims:
-    """The dimensions that index tensors make: their own, broadcast."""
-    if any("bool" in _dtype(each) for each in indices):
-        return t.fresh(sizes, "positions picked by a mask")
-    return elementwise(t, indices, sizes)
-
-
-def _dtype(argument: Any) -> str:
-    return str(getattr(argument.meta.get("val"), "dtype", "")) if isinstance(argument, fx.Node) else ""
-
-
-@rule(aten.index_select)
-def index_select(t: Inference, x: Any, dim: int, indices: Any) -> Dims:
-    """Positions are picked by a tensor."""
-    dims = list(t.of(x))
-    t.fix([dims[dim]], "positions are picked by a tensor")
-    dims[dim] = t.of(indices)[0] if t.of(indices) else UNIT
-    return tuple(dims)
-
-
-@rule(aten.gather, aten.take_along_dim)
-def gather(t: Inference, x: Any, dim: int, indices: Any, **kwargs: Any) -> Dims:
-    """Along one dimension positions are picked by a tensor; the others agree where their sizes do."""
-    source, wanted = t.of(x), t.of(indices)
-    at = dim % len(source)
-    for number, (term, other) in enumerate(zip(source, wanted, strict=True)):
-        if number == at or term.size != other.size:
-            t.fix([term], "positions are picked by a tensor")
-        else:
-            t.unify(term, other)
-    return wanted
-
-
-@rule(aten.scatter, aten.scatter_, aten.scatter_add, aten.index_add, aten.index_copy)
-def scatter(t: Inference, x: Any, dim: int, indices: Any, source: Any = None, *args: Any, **kwargs: Any) -> Dims:
-    """Positions are picked by a tensor, so every dimension is fixed that the tensor indexes."""
-    t.fix(t.of(x), "positions are picked by a tensor")
-    t.fix(t.of(source), "goes to positions picked by a tensor")
-    return t.of(x)
 
 
 @rule(aten.pad, aten.constant_pad_nd)
