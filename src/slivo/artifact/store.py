@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from slivo import edits
 from slivo.errors import ArtifactError
+from slivo.files import sync
 from slivo.graph.capture import canonical_names
 
 FORMAT = 1
@@ -90,7 +91,7 @@ def save(
         }
         (temporary / MANIFEST).write_text(_seal(manifest), encoding="utf-8")
         for file in (temporary / TENSORS, temporary / MANIFEST):
-            _sync(file)
+            sync(file)
         _replace(temporary, path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -275,14 +276,6 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _replace(temporary: Path, path: Path) -> None:
     """Move a complete folder to its place; a folder that was there goes last."""
     old = None
@@ -291,6 +284,6 @@ def _replace(temporary: Path, path: Path) -> None:
         path.rename(old)
     temporary.chmod(0o755)
     temporary.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

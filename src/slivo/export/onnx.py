@@ -6,7 +6,6 @@ import inspect
 import io
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from slivo import files
 from slivo.edits.quantize import QuantizedLayer
 from slivo.errors import SlivoError, require
 from slivo.graph import ExampleInputs, as_args
@@ -69,7 +69,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Examp
         content = _convert(model, call)
         for inputs in (call, _enlarged(call)):
             _check(model, content, inputs)
-    _write(path, content)
+    files.write(path, content)
     return path
 
 
@@ -261,24 +261,6 @@ def _check_place(path: Path) -> None:
     above = next(each for each in path.absolute().parents if each.exists())
     if not above.is_dir():
         raise SlivoError(f"{path} cannot be written: {above} is a file, not a folder")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise SlivoError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

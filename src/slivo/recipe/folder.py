@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from slivo import files
 from slivo.errors import ArtifactError, OutputError
 
 FORMAT = 1
@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write an object, atomically; what is no finite number becomes null."""
-    _write(path, json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+    files.write(path, json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -70,7 +70,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -88,20 +88,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write objects, one a line, atomically."""
-    _write(path, "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    files.write(path, "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows))
 
 
 def _plain(value: Any) -> Any:

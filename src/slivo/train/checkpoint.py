@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from slivo import files
 from slivo.errors import ArtifactError
 
 FORMAT = 1
@@ -48,17 +49,7 @@ def write(path: str | os.PathLike[str], tree: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     document = json.dumps(_encode(tree, tensors, ""))
     header = {"format": str(FORMAT), "tree": document, "sha256": _digest(document, tensors)}
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(save(tensors, header))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise ArtifactError(f"checkpoint {path} cannot be written: {error.strerror or error}") from error
+    files.write(path, save(tensors, header))
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -138,12 +129,3 @@ def _digest(document: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}{tensors[name].dtype}{tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    # Makes the rename itself survive a power cut.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
