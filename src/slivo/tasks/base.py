@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from torchmetrics import MetricCollection
 
@@ -190,7 +191,8 @@ def check(task: Task, model: nn.Module) -> None:
         slivo.errors.ShapeError: the model (Linear) got an input of shape (2, 3) from task 'eye', but expects 4 ...
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    batch = _move(next(iter(loader(task, "val", batch_size=2))), device)
+    batch = next(iter(loader(task, "val", batch_size=2)))
+    batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
     modes = [(module, module.training) for module in model.modules()]
     trail: list[tuple[str, nn.Module, tuple[Any, ...]]] = []
     handles = [module.register_forward_pre_hook(_follow(name, trail)) for name, module in model.named_modules()]
@@ -256,16 +258,6 @@ def _check_output(task: Task, output: Any, batch: Batch) -> None:
         raise ShapeError(
             f"the model's output ({shape}) does not suit the loss of task {task.name!r}: {reason}"
         ) from error
-
-
-def _move(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {key: _move(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_move(value, device) for value in batch)
-    return batch
 
 
 def _as_is(batch: Batch) -> Batch:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.utils import _pytree as pytree
 
 from slivo.errors import ArtifactError
 from slivo.train.checkpoint import read, write
@@ -84,22 +85,12 @@ def restore(
     state.epoch, state.step, state.history = stored["epoch"], stored["step"], stored["history"]
     device = next((tensor.device for tensor in here.values()), torch.device("cpu"))
     for hook, (_, values) in zip(hooks, stored["hooks"], strict=True):
-        hook.load_state_dict(_placed(values, device))
+        hook.load_state_dict(pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), values))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name, each once, those included that a state dict leaves out."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def _placed(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _placed(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_placed(item, device) for item in value)
-    return value
 
 
 def _foreign(checkpoint: Path, difference: str) -> ArtifactError:
