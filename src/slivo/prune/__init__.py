@@ -2,7 +2,8 @@
 
 from slivo.prune.budget import Budget, allocate
 from slivo.prune.importance import importance
+from slivo.prune.plans import Plan
 from slivo.prune.schedule import steps
-from slivo.prune.width import prune, select
+from slivo.prune.width import cut, plan, prune, select
 
-__all__ = ["Budget", "allocate", "importance", "prune", "select", "steps"]
+__all__ = ["Budget", "Plan", "allocate", "cut", "importance", "plan", "prune", "select", "steps"]

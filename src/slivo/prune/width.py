@@ -15,6 +15,7 @@ from slivo.graph.inputs import ExampleInputs
 from slivo.prune import criteria
 from slivo.prune.budget import Budget, Scope, allocate
 from slivo.prune.importance import Loss, importance
+from slivo.prune.plans import Plan
 
 
 def prune(
@@ -65,13 +66,78 @@ def prune(
         (16, 32)
     """
     graph = trace(model, example_inputs)
+    found = plan(
+        model, example_inputs, keep=keep, criterion=criterion, scope=scope, only=only, exclude=exclude, now=now,
+        min_width=min_width, round_to=round_to, batches=batches, loss=loss, graph=graph,
+    )  # fmt: skip
+    return cut(model, example_inputs, found, graph=graph)
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    keep: Budget,
+    criterion: str | criteria.Criterion = "l2",
+    scope: Scope = "global",
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    now: Sequence[str] = (),
+    min_width: float | int = 0.1,
+    round_to: int = 1,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    graph: Graph | None = None,
+) -> Plan:
+    """Choose what `prune` would cut, and cut nothing: to look at, to write to a file, to change by hand.
+
+    Arguments and errors are those of `prune`; ``graph``, if there is one, is what `slivo.trace` said of the model.
+
+    Returns:
+        What is kept of every axis that may be cut, for `cut`.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> found = plan(net, torch.randn(2, 8), keep=Budget(macs=0.5))
+        >>> {name: len(kept) for name, kept in found.keep.items()}
+        {'0 out': 16}
+        >>> cut(net, torch.randn(2, 8), found)[0].out_features
+        16
+    """
+    graph = graph or trace(model, example_inputs)
     axes = select(graph, only=only, exclude=exclude)
     scores = importance(model, graph, axes, criteria.resolve(criterion), batches=batches, loss=loss)
     kept = allocate(graph, scores, keep, scope=scope, min_width=min_width, round_to=round_to)
     if now:
         kept = _part(graph, kept, {axis.name for axis in select(graph, only=now)})
+    return Plan(
+        {axis.name: axis.size for axis in axes},
+        {axis.name: tuple(kept.get(axis.name, range(axis.size))) for axis in axes},
+    )
+
+
+def cut(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, graph: Graph | None = None) -> nn.Module:
+    """Return a smaller model, cut by a plan.
+
+    Args:
+        model: The model the plan was made for, or one with the same axes; left untouched.
+        example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        plan: What stays; from `plan`, or `Plan.read`.
+        graph: What `slivo.trace` said of the model; traced here if None.
+
+    Returns:
+        A new model that carries the edit, as from `prune`.
+
+    Raises:
+        CaptureError: If the model does not run on the inputs or cannot be captured.
+        ShapeError: If the model has not the plan's axes, or they may not be cut so.
+    """
+    graph = graph or trace(model, example_inputs)
+    kept = plan.fit(graph)
+    slices = plan_slices(graph, kept)
     attributes, program = settle(model, graph, example_inputs, kept)
-    return edits.apply(model, edits.Cut(plan_slices(graph, kept), attributes, kept, program))
+    return edits.apply(model, edits.Cut(slices, attributes, kept, program))
 
 
 def select(graph: Graph, *, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Axis]:
