@@ -317,47 +317,47 @@ class Sequence(nn.Module):
 
 
 @row(2, 6, 4)
-def Lstm():
+def lstm():
     return Sequence(nn.LSTM(5, 8, batch_first=True), 8, state=True)
 
 
 @row(2, 6, 4)
-def StackedLstm():
+def stacked_lstm():
     return Sequence(nn.LSTM(5, 8, num_layers=2, batch_first=True, bidirectional=True), 16)
 
 
 @row(2, 6, 4)
-def StatefulLstm():
+def stateful_lstm():
     return Sequence(nn.LSTM(5, 8, num_layers=2, batch_first=True), 8, state=True)
 
 
 @row(6, 2, 4)
-def ProjectedLstm():
+def projected_lstm():
     return Sequence(nn.LSTM(5, 8, num_layers=2, proj_size=6, bias=False), 6)
 
 
 @row(6, 2, 4)
-def BidirectionalProjectedLstm():
+def bidirectional_projected_lstm():
     return Sequence(nn.LSTM(5, 8, proj_size=6, bidirectional=True), 12)
 
 
 @row(6, 2, 4)
-def Gru():
+def gru():
     return Sequence(nn.GRU(5, 8, num_layers=2), 8)
 
 
 @row(2, 6, 4)
-def BidirectionalGru():
+def bidirectional_gru():
     return Sequence(nn.GRU(5, 8, bidirectional=True, batch_first=True, bias=False), 16)
 
 
 @row(2, 6, 4)
-def Rnn():
+def rnn():
     return Sequence(nn.RNN(5, 8, nonlinearity="relu", batch_first=True), 8, state=True)
 
 
 @row(6, 4)
-def UnbatchedRnn():
+def unbatched_rnn():
     return Sequence(nn.RNN(5, 8, num_layers=2, bidirectional=True), 16)
 
 
@@ -392,3 +392,104 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens):
         return self.head(self.layers(self.embed(tokens))[0])
+
+
+@row(2, 4, 10)
+class NormalizedWeights(nn.Module):
+    """Convolutions whose weights are directions times lengths, or divided by their largest singular value."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 8, 3), dim=2)
+        self.second = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 6, 3))
+        self.head = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3))
+
+    def forward(self, x):
+        return self.head(F.relu(self.second(F.relu(self.first(x)))).mean(-1))
+
+
+@row(2, 3, 8, 8)
+class Windows(nn.Module):
+    """Unfolds, mixes the channels of each window, and folds again."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Conv2d(3, 6, 1), nn.Linear(6 * 4, 5 * 4), nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = F.unfold(F.relu(self.stem(x)), 2, stride=2)
+        x = F.fold(self.mix(x.mT).mT, (8, 8), 2, stride=2)
+        return self.head(F.relu(x).mean((2, 3)))
+
+
+@row(2, 5, 8)
+class ComplexRotary(nn.Module):
+    """Rotary positions as products of complex numbers, and grouped queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.out, self.width = nn.Linear(16, 3), 4
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        angles = torch.outer(torch.arange(length), torch.tensor([1.0, 0.1])).to(x.dtype)
+        turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+
+        def rotate(y):
+            y = torch.view_as_complex(y.reshape(batch, length, -1, 2, 2)) * turn
+            return torch.view_as_real(y).flatten(3).transpose(1, 2)
+
+        query, key = rotate(self.query(x)), rotate(self.key(x))
+        value = self.value(x).view(batch, length, -1, self.width).transpose(1, 2)
+        x = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class Affine(nn.Module):
+    """A linear that lays its output out by an attribute, as those of the first GPTs."""
+
+    def __init__(self, after: int, before: int):
+        super().__init__()
+        self.width = after
+        self.weight, self.bias = nn.Parameter(torch.randn(before, after)), nn.Parameter(torch.randn(after))
+
+    def forward(self, x):
+        shape = (*x.shape[:-1], self.width)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(shape)
+
+
+@row(2, 5, 6)
+class AmbiguousAttributes(nn.Module):
+    """Attributes whose value occurs several times in the code, for dimensions that are cut differently."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([Affine(24, 8), Affine(8, 8)]) for _ in range(2))
+        self.embed, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.part, self.heads, self.sizes = 8, 2, (8, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for inner, outer in self.layers:
+            parts = [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in inner(x).split(self.part, -1)]
+            y = F.scaled_dot_product_attention(*parts).transpose(1, 2)
+            x = x + outer(y.reshape(*y.shape[:2], self.part))
+        return self.head(x.reshape(-1, self.sizes[0])).view(*x.shape[:2], 3)
+
+
+@row(2, 3, 8, 8)
+class SizesReadOff(nn.Module):
+    """Code that lays out one tensor by a size that it has read off another: both are cut to one size."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.reduce = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 2, 2)
+        self.head, self.other = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        batch, channels, high, wide = x.shape
+        x = x.flatten(2).transpose(1, 2)
+        y = self.reduce(x.transpose(1, 2).reshape(batch, channels, high, wide)).reshape(batch, channels, -1)
+        return self.head(x.mean(1)) + self.other(y.mean(-1))

@@ -50,12 +50,27 @@ def test_inputs_that_the_model_rejects_are_named():
 
 
 def test_what_only_the_capture_rejects_is_told_apart():
-    class Branch(nn.Module):
+    class Outside(nn.Module):
         def forward(self, x):
-            return x if x.sum() > 0 else -x
+            return torch.from_numpy(x.numpy() + 1)
 
     with pytest.raises(CaptureError, match="cannot be captured as a graph"):
-        slivo.trace(Branch(), torch.randn(2, 4))
+        slivo.trace(Outside(), torch.randn(2, 4))
+
+
+def test_code_that_asks_for_values_takes_the_way_of_the_example(caplog):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(x if x.square().sum() > 0 else -x)
+
+    graph = slivo.trace(Branch(), torch.randn(2, 4))
+    assert [axis.name for axis in graph.prunable] == ["first out"]
+    assert "asks for values" in caplog.text
 
 
 def test_tied_weights_have_one_name():

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import slivo
+from slivo.graph.infer import RULES
 
 
 class Around(nn.Module):
@@ -122,8 +123,67 @@ LINES = {
     "no_grad": (lambda s, x: x + no_grad(x), 1, {}),
     "autocast": (lambda s, x: x + autocast(x), 1, {}),
     "in_place": (lambda s, x: x.clone().add_(s.other).relu_().mul_(2), 1, {}),
+    "outer": (lambda s, x: torch.outer(x[0, :, 0], s.other) + x, 0, {}),
+    "tensordot": (lambda s, x: torch.tensordot(x, x, ([2], [2])).sum((2, 3))[..., None] * x, 1, {}),
+    "hstack": (lambda s, x: torch.hstack([x, x.relu()]), 1, {}),
+    "kron": (lambda s, x: torch.kron(x[0], torch.ones(1, 2, dtype=x.dtype)), 2, {"out": 24}),
+    "cdist": (lambda s, x: torch.cdist(x, x) @ x, 1, {}),
+    "pairwise_distance": (lambda s, x: F.pairwise_distance(x, x.relu())[..., None] * x, 1, {}),
+    "meshgrid": (lambda s, x: sum(torch.meshgrid(s.other, s.other, indexing="ij")) @ s.other * x, 1, {}),
+    "vdot": (lambda s, x: torch.vdot(s.other, s.other) * x, 2, {}),
+    "diff": (lambda s, x: x.diff(dim=1), 1, {}),
+    "nanmean": (lambda s, x: x - x.nanmean(-1, keepdim=True), 1, {}),
+    "quantile": (lambda s, x: x * torch.quantile(x, 0.5, dim=1, keepdim=True), 1, {}),
+    "argsort": (lambda s, x: x * x.argsort(1), 1, {}),
+    "multi_dot": (lambda s, x: torch.linalg.multi_dot([x[0], x[0].T, x[0]]), 1, {}),
+    "matrix_power": (lambda s, x: torch.linalg.matrix_power(x @ x.mT, 2) @ x, 1, {}),
+    "lp_pool": (lambda s, x: F.lp_pool1d(x.mT, 2, 2).mT, 1, {}),
+    "response_norm": (lambda s, x: F.local_response_norm(x.mT, 3).mT, 0, {}),
+    "loss": (lambda s, x: x * F.mse_loss(x, x.sigmoid()), 1, {}),
+    "cross_entropy": (lambda s, x: x * F.binary_cross_entropy_with_logits(x, x.sigmoid()), 1, {}),
+    "addbmm": (lambda s, x: torch.addbmm(x[0], x @ x.mT, x), 1, {}),
+    "unsafe_chunk": (lambda s, x: x.unsafe_chunk(2, -1)[0], 2, {"out": 6}),
+    "rot90": (lambda s, x: x.rot90(1, (0, 1)).rot90(-1, (0, 1)), 1, {}),
+    "count_nonzero": (lambda s, x: x * x.count_nonzero(-1)[..., None], 1, {}),
+    "aminmax": (lambda s, x: x - torch.aminmax(x, dim=-1, keepdim=True)[0], 1, {}),
+    "smaller": (lambda s, x: torch.max(x, s.other) - torch.min(x, x.tanh()), 1, {}),
+    "cummax": (lambda s, x: x.cummax(1)[0], 1, {}),
+    "histc": (lambda s, x: x * torch.histc(x, 4).sum(), 1, {}),
+    "complex": (lambda s, x: torch.view_as_real(torch.view_as_complex(x.view(2, 5, 6, 2)) * 2).flatten(2), 1, {}),
+    "fft": (
+        lambda s, x: torch.fft.irfft(torch.fft.rfft(x, dim=1), n=5, dim=1) + torch.fft.fft2(x, dim=(0, 1)).real,
+        1,
+        {},
+    ),
+    "unfold": (lambda s, x: x.unfold(1, 2, 1).sum(-1), 1, {}),
+    "diagonal": (lambda s, x: (x @ x.mT).diagonal(dim1=1, dim2=2)[..., None] * x, 1, {}),
+    "cross": (lambda s, x: torch.linalg.cross(x[:, :3], x[:, :3].relu(), dim=1), 1, {}),
+    "scatter_reduce": (lambda s, x: x.scatter_reduce(1, torch.zeros(2, 5, 12, dtype=torch.long), x, "sum"), 1, {}),
+    "scatter_short": (lambda s, x: x.scatter(1, torch.zeros(2, 5, 6, dtype=torch.long), x[..., :6]), 0, {}),
+    "index_add": (lambda s, x: x.index_add(1, torch.tensor([0, 1]), x[:, :2]), 1, {}),
+    "index_fill": (lambda s, x: x.index_fill(1, torch.tensor([0, 1]), 0.0), 1, {}),
+    "index_put_rows": (lambda s, x: x.index_put((torch.tensor([0]),), s.other.expand(5, 12)), 1, {}),
+    "index_put_columns": (lambda s, x: filled_column(x, s.other), 1, {}),
+    "index_put_mask": (lambda s, x: x.index_put((torch.ones(2, 5).bool(),), s.other), 1, {}),
+    "masked_scatter": (lambda s, x: x.masked_scatter(torch.ones(5, 1).bool(), x.relu()), 0, {}),
+    "searchsorted": (lambda s, x: x * torch.searchsorted(torch.tensor([0.0, 1.0], dtype=x.dtype), x), 1, {}),
+    "bucketize": (lambda s, x: x * torch.bucketize(x, torch.tensor([0.0, 1.0], dtype=x.dtype)), 1, {}),
+    "weight_norm": (
+        lambda s, x: x @ torch._weight_norm(s.after.weight.T @ s.after.weight, s.after.weight[:1], 1),
+        1,
+        {},
+    ),
+    "renorm": (lambda s, x: x.renorm(2, 0, 1.0), 1, {}),
+    "empty": (lambda s, x: torch.cat([x[..., :12], x[..., 12:]], -1), 1, {}),
+    "randperm": (lambda s, x: x + 0 * torch.randperm(5)[:, None], 1, {}),
     "unknown": (lambda s, x: torch.linalg.matrix_exp(x[:, :4, :4]).sum() + x, 1, {}),
 }
+
+
+def filled_column(x, values):
+    x = x.clone()
+    x[..., torch.tensor([0])] = values[:1]
+    return x
 
 
 @torch.no_grad()
@@ -148,6 +208,8 @@ IMAGES = {
     "group_norm": (lambda s, x: F.group_norm(x, 3, s.other), 2, {}),
     "grid_sample": (lambda s, x: F.grid_sample(x, torch.zeros(2, 4, 4, 2).double(), align_corners=False), 1, {}),
     "channel_pad": (lambda s, x: F.pad(x, (0, 0, 0, 0, 1, 2)), 1, {"out": 15}),
+    "fold": (lambda s, x: F.fold(F.unfold(x, 3, padding=1), (8, 8), 3, padding=1), 1, {}),
+    "unfolded": (lambda s, x: F.unfold(x, 2, stride=2)[..., None], 1, {"out": 48}),
     "channels_last": (lambda s, x: F.layer_norm(x.permute(0, 2, 3, 1), (12,)).permute(0, 3, 1, 2), 1, {}),
 }
 
@@ -226,3 +288,31 @@ def test_layers(layer):
     model = model.double()
     for axis in graph.prunable:
         assert error(outputs(permuted(model, axis), x.double()), outputs(model, x.double())) < 1e-12
+
+
+def test_experts_share_what_they_read_and_write():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.after = nn.Linear(4, 16), nn.Linear(16, 4)
+            self.up, self.down = nn.Parameter(torch.randn(2, 16, 32)), nn.Parameter(torch.randn(2, 32, 16))
+
+        def forward(self, x):
+            ends = torch.tensor([4, 8], dtype=torch.int32)
+            x = F.grouped_mm(self.before(x).bfloat16(), self.up.bfloat16(), offs=ends).relu()
+            return self.after(F.grouped_mm(x, self.down.bfloat16(), offs=ends).float())
+
+    graph = slivo.trace(Experts(), torch.randn(8, 4))
+    assert not graph.unknown_ops
+    assert sorted(axis.size for axis in graph.prunable) == [16, 16, 32]
+    assert graph.macs * 8 == 8 * (4 * 16 + 16 * 32 + 32 * 16 + 16 * 4)
+
+
+def test_a_rule_that_cannot_read_its_arguments_fixes_what_passes(monkeypatch):
+    def misfit(*_):
+        raise TypeError("an argument of a form that nobody thought of")
+
+    monkeypatch.setitem(RULES, torch.ops.aten.cumsum, misfit)
+    graph = slivo.trace(Around(LINES["cumsum"][0]), torch.randn(2, 5, 3))
+    assert graph.unknown_ops == {"cumsum": 1}
+    assert any("has no rule" in (axis.fixed or "") for axis in graph.axes)

@@ -192,7 +192,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     variables = {names[axis]: axis for axis in members}
     return Graph(
         axes=axes,
-        ties=tuple(frozenset(names[axis] for axis in tie if axis in names) for tie in ties),
+        ties=tuple(
+            tie for tie in (frozenset(names[axis] for axis in tie if axis in names) for tie in ties) if len(tie) > 1
+        ),
         macs=sum(cost.constant * prod(term.size for term in cost.terms) for cost in inference.costs) // batch,
         params=sum(parameter.numel() for parameter in model.parameters()),
         unknown_ops=dict(inference.unknown),
@@ -283,10 +285,11 @@ def _ties(inference: Inference) -> list[frozenset[Var]]:
 
 
 def _shared_attributes(model: nn.Module, inference: Inference) -> list[tuple[Term, ...]]:
-    """Find dimensions whose sizes the code takes from one attribute, such as ``head_dim`` of queries and of values.
+    """Find dimensions whose sizes the code takes from one place, such as ``head_dim`` of queries and of values.
 
-    They are cut alike, so that the attribute can say their size. Where a module has two attributes of that value, which
-    one is meant is not known, and the dimensions go their own ways.
+    They are cut alike, so that the place can say their size: an attribute, or, where none has that value, what the code
+    read off another tensor. Where a module has two attributes of that value, which one is meant is not known, and the
+    dimensions go their own ways.
     """
     found: dict[tuple[str, int], dict[Var, None]] = {}
     for literal in inference.literals:
@@ -296,7 +299,7 @@ def _shared_attributes(model: nn.Module, inference: Inference) -> list[tuple[Ter
     ties: list[tuple[Term, ...]] = []
     for (module, size), terms in found.items():
         held = sum(type(value) is int and value == size for value in vars(model.get_submodule(module)).values())
-        if len(terms) > 1 and held == 1:
+        if len(terms) > 1 and held <= 1:
             ties.append(tuple(terms))
     return ties
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch import config as _functorch_config
 
 from slivo.errors import CaptureError
 from slivo.graph.inputs import ExampleInputs, as_args
+
+_log = logging.getLogger("slivo")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:
-            raise _explain(model, args, kwargs, error) from error
+            program = _with_values(model, args, kwargs, error)
         module = program.module(check_guards=False)
     # Made anew, because an exported module refuses to be put into training or evaluation mode.
     graph = fx.GraphModule(module, module.graph, type(model).__name__)
@@ -83,6 +87,30 @@ def describe(args: tuple[object, ...], kwargs: dict[str, object]) -> str:
         return type(value).__name__
 
     return ", ".join([*map(one, args), *(f"{key}={one(value)}" for key, value in kwargs.items())])
+
+
+def _with_values(
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], refused: Exception
+) -> torch.export.ExportedProgram:
+    """Capture again with the example's values at hand: code that asks for a value takes the way that the example takes.
+
+    Raises:
+        CaptureError: If that fails too; says why the first attempt did.
+    """
+    values = _functorch_config.patch(
+        fake_tensor_propagate_real_tensors=True, generate_fake_kernels_from_real_mismatches=True
+    )
+    try:
+        with values:
+            program = torch.export.export(model, args, kwargs, strict=False)
+    except Exception:
+        raise _explain(model, args, kwargs, refused) from refused
+    if not model.training:
+        _log.warning(
+            "the code of %s asks for values of tensors: its graph is the way that the example inputs take through it",
+            type(model).__name__,
+        )
+    return program
 
 
 def _explain(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], error: Exception) -> CaptureError:

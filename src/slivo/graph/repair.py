@@ -12,13 +12,10 @@ from torch import Tensor, nn
 
 from slivo.errors import ShapeError
 from slivo.graph.axes import Graph
-from slivo.graph.capture import evaluating
 from slivo.graph.inputs import ExampleInputs, as_args
-from slivo.graph.program import Program, argument, build, describe_inputs, plan_rewrites, tensors_of
+from slivo.graph.mend import changed, mend_, run
+from slivo.graph.program import Program, build, describe_inputs, plan_rewrites
 from slivo.graph.surgery import perform_, plan_attributes, plan_slices
-
-Setting = tuple[str, str, int]
-"""A module, an attribute of it, and the value to set."""
 
 _log = logging.getLogger("slivo")
 
@@ -47,96 +44,27 @@ def settle(
     slices = plan_slices(graph, keep)
     attributes = plan_attributes(model, graph, keep)
     args, kwargs = as_args(example_inputs)
-    expected = _outputs(
-        build(graph.inference.capture, slices, plan_rewrites(graph, keep, any_batch=False)), args, kwargs
-    )
+    expected = run(build(graph.inference.capture, slices, plan_rewrites(graph, keep, any_batch=False)), args, kwargs)
     live = copy.deepcopy(model)
     perform_(live, slices, attributes)
     if isinstance(expected, Exception):
         # The graph's own sizes are not all known; the live model may know better.
-        found = _outputs(live, args, kwargs)
+        found = run(live, args, kwargs)
         if isinstance(found, Exception):
             raise ShapeError(f"the cut model does not run: {found}") from found
         return attributes, None
-    settings = _mend(live, graph, keep, expected, args, kwargs)
+    settings = mend_(live, graph, keep, lambda found: _agree(found, expected), args, kwargs)
     if settings is not None:
         for module, attribute, value in settings:
             attributes.setdefault(module, {})[attribute] = value
         return attributes, None
-    places = sorted({each.module or type(model).__name__ for each, _ in _changed(graph, keep)})
+    places = sorted({each.module or type(model).__name__ for each, _ in changed(graph, keep)})
     _log.warning(
         "the code of %s holds sizes that cannot be mended (a number in forward?): the cut model is the captured graph "
         "instead of the module; it runs and trains, with batch statistics frozen",
         ", ".join(places) or type(model).__name__,
     )
     return {}, Program(describe_inputs(example_inputs), tuple(plan_rewrites(graph, keep, any_batch=True)))
-
-
-def _changed(graph: Graph, keep: Mapping[str, Sequence[int]]) -> list[tuple[Any, int]]:
-    """The literals that change, each with its new value."""
-    rewrites = {(r.node, r.path): r.value for r in plan_rewrites(graph, keep, any_batch=False)}
-    return [
-        (literal, rewrites[literal.node.name, literal.path])
-        for literal in graph.inference.literals
-        if (literal.node.name, literal.path) in rewrites
-    ]
-
-
-def _mend(
-    live: nn.Module,
-    graph: Graph,
-    keep: Mapping[str, Sequence[int]],
-    expected: Sequence[Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> list[Setting] | None:
-    """Try attributes on the cut model, level by level; return those that make it right, or None."""
-    if _agree(_outputs(live, args, kwargs), expected):
-        return []
-    levels = _candidates(live, graph, keep)
-    trials = [[setting for level in levels[: depth + 1] for setting in level] for depth in range(len(levels))]
-    trials += [[setting for level in levels[depth:] for setting in level] for depth in range(1, len(levels))]
-    for trial in trials:
-        before = [(module, attribute, getattr(live.get_submodule(module), attribute)) for module, attribute, _ in trial]
-        _set_(live, trial)
-        if _agree(_outputs(live, args, kwargs), expected):
-            return trial
-        _set_(live, before)
-    return None
-
-
-def _candidates(live: nn.Module, graph: Graph, keep: Mapping[str, Sequence[int]]) -> list[list[Setting]]:
-    """Attributes that hold a changed integer: of the modules whose code used it, then of those around them, and on."""
-    wanted: dict[tuple[int, str, str], set[int]] = {}
-    for literal, new in _changed(graph, keep):
-        old = argument(literal.node, literal.path)
-        parts = literal.module.split(".") if literal.module else []
-        for level in range(len(parts) + 1):
-            name = ".".join(parts[: len(parts) - level])
-            for attribute, value in vars(live.get_submodule(name)).items():
-                if type(value) is int and value == old:
-                    wanted.setdefault((level, name, attribute), set()).add(new)
-    levels: list[list[Setting]] = [[] for _ in range(1 + max((level for level, _, _ in wanted), default=-1))]
-    seen: set[tuple[str, str]] = set()
-    for (level, name, attribute), values in sorted(wanted.items(), key=lambda item: item[0]):
-        if len(values) == 1 and (name, attribute) not in seen:
-            seen.add((name, attribute))
-            levels[level].append((name, attribute, next(iter(values))))
-    return [level for level in levels if level]
-
-
-def _set_(model: nn.Module, settings: Sequence[Setting]) -> None:
-    for module, attribute, value in settings:
-        setattr(model.get_submodule(module), attribute, value)
-
-
-def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor] | Exception:
-    """Run a model; return the tensors it gives out, or the exception it raises."""
-    try:
-        with evaluating(model), torch.no_grad():
-            return tensors_of(model(*args, **kwargs))
-    except Exception as error:
-        return error
 
 
 def _agree(found: Sequence[Tensor] | Exception, expected: Sequence[Tensor]) -> bool:
