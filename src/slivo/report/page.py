@@ -8,11 +8,11 @@ page loses little on paper or without scripts.
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slivo.errors import ArtifactError, require
+from slivo import files
+from slivo.errors import require
 from slivo.report import confusion, figures, text, view
 from slivo.report.records import Folder, read
 
@@ -40,7 +40,7 @@ def write(run_folder: str | os.PathLike[str]) -> Path:
         SlivoError: If jinja2 or plotly is not installed.
 
     Example:
-        >>> import json
+        >>> import json, tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> _ = (folder / "run.json").write_text(json.dumps({"name": "digits", "status": "running"}))
         >>> write(folder).name
@@ -49,10 +49,7 @@ def write(run_folder: str | os.PathLike[str]) -> Path:
     folder = Path(run_folder)
     page = render(read(folder))
     path = folder / PAGE
-    try:
-        _replace(path, page)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
+    files.write(path, page)
     return path
 
 
@@ -104,19 +101,3 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.j2")
-
-
-def _replace(path: Path, page: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
