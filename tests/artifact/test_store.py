@@ -86,9 +86,7 @@ def test_a_factory_of_another_shape_is_told(saved):
 
 def test_another_dtype_is_told(tmp_path):
     folder = slivo.save(make(), tmp_path / "m")
-    with pytest.raises(
-        ArtifactError, match=r"0\.weight is torch\.float32 .*model has torch\.float64"
-    ):
+    with pytest.raises(ArtifactError, match=r"0\.weight is torch\.float32 .*model has torch\.float64"):
         slivo.load(folder, factory=lambda: make().double())
 
 
