@@ -1,7 +1,6 @@
 """Check one network and write its row; `coverage.py` runs this in a process of its own for each network.
 
-Usage: ``python check.py NETWORK FILE [--peer]``. The row is written again after each step, so that what was found out
-is there even if the process is killed.
+The row is written again after each step, so that what was found out is there even if the process is killed.
 """
 
 from __future__ import annotations
@@ -10,10 +9,8 @@ import copy
 import json
 import logging
 import re
-import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -46,6 +43,8 @@ class Subject:
 
 
 def main(name: str, file: Path) -> None:
+    """Check what slivo makes of a network."""
+    quiet()
     row = Row(name)
     subject: list[Subject] = []
 
@@ -70,6 +69,12 @@ def main(name: str, file: Path) -> None:
     write(row, file)
 
 
+def quiet() -> None:
+    """Leave out warnings: what they are about is in the row."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("slivo").setLevel(logging.ERROR)
+
+
 def attempt(row: Row, step: str, action: Callable[[], None], file: Path) -> None:
     """Take a step; if it fails, note why and go on."""
     row.step = step
@@ -77,7 +82,6 @@ def attempt(row: Row, step: str, action: Callable[[], None], file: Path) -> None
     try:
         action()
     except Exception as error:
-        traceback.print_exc()
         row.failures[step] = f"{type(error).__name__}: {short(error)}"
     write(row, file)
 
@@ -119,9 +123,9 @@ def enliven_(model: nn.Module) -> None:
 
 def trace(row: Row, subject: Subject) -> None:
     warm_up()
-    start = time.perf_counter()
+    start = time.process_time()
     graph = slivo.trace(subject.model, subject.inputs)
-    row.trace_seconds = time.perf_counter() - start
+    row.trace_seconds = time.process_time() - start
     subject.graph, row.captured = graph, True
     row.graph_macs = graph.macs
     row.axes, row.prunable = len(graph.axes), len(graph.prunable)
@@ -137,9 +141,9 @@ def warm_up() -> None:
 
 
 def prune(row: Row, subject: Subject) -> None:
-    start = time.perf_counter()
+    start, wall = time.process_time(), time.perf_counter()
     cut = slivo.prune(subject.model, subject.inputs, keep=slivo.Budget(macs=0.5), scope="uniform")
-    row.seconds = time.perf_counter() - start
+    row.seconds, row.wall_seconds = time.process_time() - start, time.perf_counter() - wall
     subject.cut = cut.eval()
     row.fallback = isinstance(cut, fx.GraphModule) and not isinstance(subject.model, fx.GraphModule)
     wrong = misfits(cut)
@@ -279,22 +283,18 @@ def told(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def check_peer(name: str, file: Path) -> None:
+    """Check what the peer makes of a network."""
     import peer
 
+    quiet()
     row = Row(name)
 
     def judge() -> None:
         subject = make(name)
-        row.peer_seconds, row.peer_failure = peer.judge(subject.model, subject.inputs)
+        row.peer_seconds, row.peer_params, row.peer_failure = peer.judge(subject.model, subject.inputs)
 
     attempt(row, "peer", judge, file)
     if "peer" in row.failures:
         row.peer_failure = re.sub(r"\s+", " ", row.failures["peer"])
     row.step = "done"
     write(row, file)
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    logging.getLogger("slivo").setLevel(logging.ERROR)
-    (check_peer if "--peer" in sys.argv else main)(sys.argv[1], Path(sys.argv[2]))

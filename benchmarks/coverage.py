@@ -20,12 +20,14 @@ The columns:
 - ``macs``, ``weights``: share of the MACs of operators in which a prunable axis takes part, and of the parameters
   that lie on one.
 - ``left``: share of the MACs left by pruning half of them, counted by operator in the pruned model.
-- ``runs``: what of the pruned model is right: ``f`` runs, ``b`` trains, ``s`` the sizes its modules state, ``i`` outputs
-  have the shapes from before, ``l`` saved and loaded it is the same bit by bit; ``-`` in the place of what is wrong.
-  ``g`` behind them: the captured graph took the place of the model's code.
-- ``trace``, ``all``: seconds to find the axes; and to trace, plan and cut, with all checks that `slivo.prune` makes.
-  Measured after a warm-up on a small network, with as many threads as PyTorch takes (set OMP_NUM_THREADS).
-- ``peer``: with ``--peer torch-pruning``, its seconds at the same task, or FAIL.
+- ``runs``: what of the pruned model is right: ``f`` runs, ``b`` trains, ``s`` the sizes its modules state, ``i``
+  outputs have the shapes from before, ``l`` saved and loaded it is the same bit by bit; ``-`` in the place of what is
+  wrong. ``g`` behind them: the captured graph took the place of the model's code.
+- ``trace``, ``all``: processor seconds to find the axes; and to trace, plan and cut, with all checks that
+  `slivo.prune` makes. Other work on the machine does not count, and with one thread (set OMP_NUM_THREADS) they are the
+  seconds on a machine that has nothing else to do. Measured after a warm-up on a small network.
+- ``peer``: with ``--peer torch-pruning``, its processor seconds to prune all widths by half, or FAIL; ``left``: the share of the
+  parameters that it left.
 
 Networks pass if nothing is wrong and no more than 51 % of the MACs are left. Notes below a row say what is wrong, which
 operators have no rule, and where the graph counts other MACs than the run does. Each network runs in a process of its
@@ -40,11 +42,11 @@ import argparse
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -56,8 +58,12 @@ from statistics import median
 
 import torch
 
+import check
 import networks
 from row import LARGEST_ERROR, Row
+
+Task = Callable[[str, Path], None]
+"""Finds something out about the network of that name, and writes a row to that file."""
 
 HEADER = (
     f"{'network':42} {'kind':11} {'params':>7} {'axes':>9} {'error':>8} {'macs':>5} {'weights':>7} {'left':>5} "
@@ -76,7 +82,7 @@ def main() -> int:
         print(line)
     if not chosen:
         sys.exit(f"no network matches {' '.join(options.only)}; there are {', '.join(names[:8])} …")
-    print(machine(), HEADER + ("    peer" if peer else ""), sep="\n", flush=True)
+    print(machine(), HEADER + ("   peer  left" if peer else ""), sep="\n", flush=True)
     rows = []
     for name in chosen:
         rows.append(measure(name, peer=peer, seconds=options.limit, memory=options.memory))
@@ -109,45 +115,47 @@ def machine() -> str:
 
 def measure(name: str, *, peer: bool, seconds: float, memory: float) -> Row:
     """Check one network in a process of its own, and the peer in another."""
-    row = run(name, [], seconds, memory)
+    row = run(name, check.main, seconds, memory)
     if peer:
-        other = run(name, ["--peer"], seconds, memory)
-        row.peer_seconds = other.peer_seconds
+        other = run(name, check.check_peer, seconds, memory)
+        row.peer_seconds, row.peer_params = other.peer_seconds, other.peer_params
         row.peer_failure = other.peer_failure if other.peer_failure is not None else other.failures.get("process")
     return row
 
 
-def run(name: str, flags: Sequence[str], seconds: float, memory: float) -> Row:
-    """Run `check.py` and return the row it wrote, with a word on how the process ended if it ended badly."""
+def run(name: str, task: Task, seconds: float, memory: float) -> Row:
+    """Run a task of `check.py` and return the row it wrote, with a word on how the process ended if it ended badly."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "row.json"
-        command = [sys.executable, str(Path(__file__).with_name("check.py")), name, str(file), *flags]
+        # A fork of this process, which has imported all libraries: a fresh one would import them for each network.
+        process = multiprocessing.get_context("fork").Process(target=limited, args=(task, name, file, memory))
         started = time.perf_counter()
-        ended = end_of(command, seconds, memory)
+        process.start()
+        process.join(seconds)
+        ended = ""
+        if process.is_alive():
+            process.kill()
+            process.join()
+            ended = f"stopped at the limit of {seconds:.0f} s"
+        elif process.exitcode < 0:
+            ended = f"killed by {signal.Signals(-process.exitcode).name}"
+        elif process.exitcode:
+            ended = f"exit {process.exitcode}"
         row = read(name, file)
-    if ended and row.step != "done":
+    if ended:
         took = time.perf_counter() - started
         row.failures["process"] = f"{ended} in step {row.step!r} after {took:.0f} s"
     return row
 
 
-def end_of(command: Sequence[str], seconds: float, memory: float) -> str:
-    """Run a command within limits; return how it ended if it failed, else ""."""
+def limited(task: Task, name: str, file: Path, memory: float) -> None:
+    """Run a task in this process, with a limit on its memory and without a word on the terminal."""
     limit = int(memory * 2**30)
-    try:
-        done = subprocess.run(
-            command,
-            timeout=seconds,
-            capture_output=True,
-            text=True,
-            check=False,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-        )
-    except subprocess.TimeoutExpired:
-        return f"stopped at the limit of {seconds:.0f} s"
-    if done.returncode < 0:
-        return f"killed by {signal.Signals(-done.returncode).name}"
-    return f"{(done.stderr.strip().splitlines() or ['exit'])[-1][:300]}" if done.returncode else ""
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.dup2(nowhere, sys.stderr.fileno())
+    task(name, file)
 
 
 def read(name: str, file: Path) -> Row:
@@ -170,7 +178,9 @@ def line_of(row: Row) -> str:
         f"{number(row.trace_seconds, '.1f'):>6} {number(row.seconds, '.1f'):>6}"
     )
     if row.peer_failure is not None:
-        line += f" {'FAIL' if row.peer_failure else number(row.peer_seconds, '.1f'):>7}"
+        line += (
+            f" {'FAIL' if row.peer_failure else number(row.peer_seconds, '.1f'):>6} {number(row.peer_params, '.2f'):>5}"
+        )
     notes = [f"unknown: {name} x{count}" for name, count in row.unknown.items()]
     if row.macs and row.graph_macs is not None and abs(row.graph_macs / row.macs - 1) > 0.01:
         notes.append(f"counts differ: {row.graph_macs} MACs by the graph, {row.macs} as it runs")

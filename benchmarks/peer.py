@@ -15,13 +15,13 @@ from slivo.graph.program import tensors_of
 INSTALL = "pip install torch-pruning"
 
 
-def judge(model: nn.Module, inputs: Any) -> tuple[float, str]:
+def judge(model: nn.Module, inputs: Any) -> tuple[float, float, str]:
     """Prune a model with Torch-Pruning and check the result as slivo's is checked.
 
     Linear layers as wide as an output are left out, as its documentation asks for; nothing else is told.
 
     Returns:
-        The seconds it took, and why its result is no good; "" if it is.
+        The processor seconds it took, the share of the parameters that is left, and why its result is no good; "" if it is.
     """
     import torch_pruning
 
@@ -31,22 +31,22 @@ def judge(model: nn.Module, inputs: Any) -> tuple[float, str]:
     widths = {each.shape[-1] for each in before if each.dim()}
     heads = [each for each in model.modules() if isinstance(each, nn.Linear) and each.out_features in widths]
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
-    start = time.perf_counter()
+    start = time.process_time()
     pruner = torch_pruning.pruner.BasePruner(
         model, as_peer_takes(inputs), importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=0.5, ignored_layers=heads,
     )  # fmt: skip
     pruner.step()
-    seconds = time.perf_counter() - start
+    seconds, left = time.process_time() - start, count(model) / params
     try:
         after = run(model, inputs)
     except Exception as error:
-        return seconds, f"forward fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        return seconds, left, f"forward fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     if [each.shape for each in before] != [each.shape for each in after]:
-        return seconds, f"outputs were {shapes(before)} and are {shapes(after)}"
-    if count(model) >= params:
-        return seconds, f"nothing is removed: {count(model) / params:.0%} of the parameters left"
-    return seconds, "" if frozen else backward(model, inputs)
+        return seconds, left, f"outputs were {shapes(before)} and are {shapes(after)}"
+    if left >= 1:
+        return seconds, left, f"nothing is removed: {left:.0%} of the parameters left"
+    return seconds, left, "" if frozen else backward(model, inputs)
 
 
 def as_peer_takes(inputs: Any) -> Any:

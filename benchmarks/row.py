@@ -36,12 +36,14 @@ class Row:
         interface: Whether outputs have the shapes and types from before, for the same inputs.
         fallback: Whether the captured graph had to take the place of the model's own code.
         saved: Whether the cut model, saved and loaded again, is the same bit by bit.
-        trace_seconds: Seconds for the graph alone.
-        seconds: Seconds to trace, plan and cut, the checks that `slivo.prune` makes by running included.
+        trace_seconds: Processor seconds for the graph alone.
+        seconds: Processor seconds to trace, plan and cut, the checks that `slivo.prune` makes by running included.
+        wall_seconds: The same by the clock on the wall.
         unknown: Operators without a rule, whose dimensions are fixed, and how often each occurs.
         step: What was being done last.
         failures: For each step that failed why.
-        peer_seconds: Seconds that the peer took.
+        peer_seconds: Processor seconds that the peer took.
+        peer_params: Share of the parameters that the peer left.
         peer_failure: Why the peer failed; "" if it passed.
     """
 
@@ -67,10 +69,12 @@ class Row:
     saved: bool | None = None
     trace_seconds: float | None = None
     seconds: float | None = None
+    wall_seconds: float | None = None
     unknown: dict[str, int] = field(default_factory=dict)
     step: str = "start"
     failures: dict[str, str] = field(default_factory=dict)
     peer_seconds: float | None = None
+    peer_params: float | None = None
     peer_failure: str | None = None
 
     @property
