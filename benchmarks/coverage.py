@@ -26,8 +26,8 @@ The columns:
 - ``trace``, ``all``: processor seconds to find the axes; and to trace, plan and cut, with all checks that
   `slivo.prune` makes. Other work on the machine does not count, and with one thread (set OMP_NUM_THREADS) they are the
   seconds on a machine that has nothing else to do. Measured after a warm-up on a small network.
-- ``peer``: with ``--peer torch-pruning``, its processor seconds to prune all widths by half, or FAIL; ``left``: the share of the
-  parameters that it left.
+- ``peer``: with ``--peer torch-pruning``, its processor seconds to prune all widths by half, or FAIL; ``left``: the
+  share of the parameters that it left.
 
 Networks pass if nothing is wrong and no more than 51 % of the MACs are left. Notes below a row say what is wrong, which
 operators have no rule, and where the graph counts other MACs than the run does. Each network runs in a process of its

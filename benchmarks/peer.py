@@ -21,7 +21,7 @@ def judge(model: nn.Module, inputs: Any) -> tuple[float, float, str]:
     Linear layers as wide as an output are left out, as its documentation asks for; nothing else is told.
 
     Returns:
-        The processor seconds it took, the share of the parameters that is left, and why its result is no good; "" if it is.
+        The processor seconds it took, the share of the parameters that is left, and why its result is no good, or "".
     """
     import torch_pruning
 
