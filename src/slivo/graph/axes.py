@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import operator
 import re
-from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from slivo.errors import CaptureError, ShapeError
 from slivo.graph import rules
 from slivo.graph.capture import capture
-from slivo.graph.dims import Sum, Term, Var, fix, head, leaves, positions, size_after
+from slivo.graph.count import Counter, counter
+from slivo.graph.dims import Sum, Term, Var, fix, head, leaves, positions
 from slivo.graph.infer import Inference
 from slivo.graph.inputs import ExampleInputs, as_args
 
@@ -138,12 +139,15 @@ class Graph:
             ``(macs, params)``, exact.
         """
         kept = {self.variables[name]: size for name, size in sizes.items()}
-        macs = sum(c.constant * prod(size_after(t, kept) for t in c.terms) for c in self.inference.costs)
-        params = self.params
-        for name in self.parameters:
-            dims = self.inference.tensors[name]
-            params += prod(size_after(t, kept) for t in dims) - prod(t.size for t in dims)
-        return macs // self.batch, params
+        macs, params = self._counters
+        return macs(kept) // self.batch, self.params - params({}) + params(kept)
+
+    @cached_property
+    def _counters(self) -> tuple[Counter, Counter]:
+        """What counts the MACs of a whole batch, and the entries of the parameters that the network uses."""
+        axes = list(self.variables.values())
+        macs = counter(axes, ((cost.constant, cost.terms) for cost in self.inference.costs))
+        return macs, counter(axes, ((1, self.inference.tensors[name]) for name in self.parameters))
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
@@ -178,12 +182,13 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     members = _members(inference, parameters)
     names = _names(members, inference)
     batch = _batch(example_inputs)
+    macs = _macs(inference)
     axes = tuple(
         Axis(
             name=names[axis],
             size=axis.size,
             members=tuple(where),
-            macs=_macs(inference, axis) // batch,
+            macs=macs.get(axis, 0) // batch,
             params=sum(_entries(inference, m) for m in _unique(where) if m.tensor in parameters),
             fixed=axis.fixed,
         )
@@ -225,9 +230,13 @@ def _learn_from_training(model: nn.Module, example_inputs: ExampleInputs, infere
 def _members(inference: Inference, parameters: Container[str]) -> dict[Var, list[Member]]:
     """Collect the members of each axis; the windows of kernels are no axes."""
     members: dict[Var, list[Member]] = {}
+    known: dict[Term, dict[Var, NDArray[np.int64]]] = {}  # tensors share most of their dimensions
     for name, dims in inference.tensors.items():
         for dim, term in enumerate(dims):
-            for axis, index in positions(term).items():
+            form = head(term)
+            if form not in known:
+                known[form] = positions(form)
+            for axis, index in known[form].items():
                 members.setdefault(axis, []).append(Member(name, dim, index, term in inference.reads))
     for axis, where in members.items():
         tensors = [member.tensor for member in where]
@@ -243,12 +252,14 @@ def _overlaps(where: Sequence[Member]) -> bool:
     return len({(member.tensor, member.dim) for member in where}) < len(where)
 
 
-def _macs(inference: Inference, axis: Var) -> int:
-    return sum(
-        cost.constant * prod(term.size for term in cost.terms)
-        for cost in inference.costs
-        if any(leaf is axis for term in cost.terms for leaf in leaves(term))
-    )
+def _macs(inference: Inference) -> dict[Var, int]:
+    """Sum up for each axis the MACs of the operators that it takes part in."""
+    found: dict[Var, int] = {}
+    for cost in inference.costs:
+        macs = cost.constant * prod(term.size for term in cost.terms)
+        for axis in {leaf for term in cost.terms for leaf in leaves(term)}:
+            found[axis] = found.get(axis, 0) + macs
+    return found
 
 
 def _entries(inference: Inference, member: Member) -> int:
@@ -269,7 +280,7 @@ def _ties(inference: Inference) -> list[frozenset[Var]]:
     """Turn dimensions of equal size into sets of axes of equal size; what cannot be said so is fixed."""
     ties: list[frozenset[Var]] = []
     for terms in inference.ties:
-        factors = [Counter(leaves(term)) for term in terms]
+        factors = [collections.Counter(leaves(term)) for term in terms]
         common = functools.reduce(operator.and_, factors)
         rest = [[leaf for leaf in (each - common).elements() if leaf.fixed is None] for each in factors]
         if not any(rest):

@@ -90,15 +90,19 @@ def concat(parts: Sequence[Term]) -> Term:
 
 def head(term: Term) -> Term:
     """Follow bindings until the outermost constructor is known."""
+    last: Var | None = None
     while isinstance(term, Var) and term.bound is not None:
         if isinstance(term.bound, Var) and term.bound.bound is not None:
             term.bound = term.bound.bound
-        term = term.bound
+        last, term = term, term.bound
+    flat = term
     if isinstance(term, Prod) and any(_is_open(f, Prod) for f in term.factors):
-        return product(term.factors)
-    if isinstance(term, Sum) and any(_is_open(p, Sum) for p in term.parts):
-        return concat(term.parts)
-    return term
+        flat = product(term.factors)
+    elif isinstance(term, Sum) and any(_is_open(p, Sum) for p in term.parts):
+        flat = concat(term.parts)
+    if last is not None and flat is not term:
+        last.bound = flat  # the next look finds it flat
+    return flat
 
 
 def _is_open(term: Term, kind: type[Prod] | type[Sum]) -> bool:

@@ -121,12 +121,12 @@ def build(capture: Capture, slices: Slices, rewrites: Iterable[Rewrite]) -> fx.G
         rewrites: The new integers.
 
     Returns:
-        A module that is called as the model is. It evaluates: dropout and the updating of batch statistics, which the
-        capture left out, do not come back in training mode.
+        A module that is called as the model is, and shares the parameters that are not cut. It evaluates: dropout and
+        the updating of batch statistics, which the capture left out, do not come back in training mode.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the copy of PyTorch's own tree specifications warns
-        new = copy.deepcopy(capture.graph)
+        new = copy.deepcopy(capture.graph, {id(each): each for each in capture.graph.parameters()})
     own = {capture.tensors[node.name]: str(node.target) for node in new.graph.nodes if node.name in capture.tensors}
     perform_(new, {own[name]: dims for name, dims in slices.items() if name in own}, {})
     blocks = _blocks(new)

@@ -45,7 +45,7 @@ def settle(
     attributes = plan_attributes(model, graph, keep)
     args, kwargs = as_args(example_inputs)
     expected = run(build(graph.inference.capture, slices, plan_rewrites(graph, keep, any_batch=False)), args, kwargs)
-    live = copy.deepcopy(model)
+    live = copy.deepcopy(model, {id(each): each for each in model.parameters()})  # a cut makes parameters anew
     perform_(live, slices, attributes)
     if isinstance(expected, Exception):
         # The graph's own sizes are not all known; the live model may know better.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slivo.errors import ShapeError
 from slivo.graph.axes import Graph
-from slivo.graph.dims import Var, positions, size_after
+from slivo.graph.dims import Term, Var, head, positions, size_after
 
 Slices = Mapping[str, Mapping[int, Sequence[int]]]
 """For each tensor and dimension, the indices that stay."""
@@ -41,14 +41,26 @@ def plan_slices(graph: Graph, keep: Mapping[str, Sequence[int]]) -> dict[str, di
             told = ", ".join(f"{name} {size}" for name, size in sorted(sizes.items()))
             raise ShapeError(f"axes that the model parts by number must keep equal sizes: {told}")
     slices: dict[str, dict[int, list[int]]] = {}
+    known: dict[Term, list[int] | None] = {}  # tensors share most of their dimensions
     for name, dims in graph.inference.tensors.items():
-        for dim, term in enumerate(dims):
-            cut = [rows[gone[axis]].reshape(-1) for axis, rows in positions(term).items() if axis in gone]
-            if cut and sum(len(each) for each in cut):
-                stays = np.ones(term.size, dtype=bool)
-                stays[np.concatenate(cut)] = False
-                slices.setdefault(name, {})[dim] = np.flatnonzero(stays).tolist()
+        for dim, term in enumerate(map(head, dims)):
+            if term not in known:
+                known[term] = _stays(term, gone)
+            stays = known[term]
+            if stays is not None:
+                slices.setdefault(name, {})[dim] = stays
     return slices
+
+
+def _stays(term: Term, gone: Mapping[Var, Sequence[int]]) -> list[int] | None:
+    """Return which positions of a dimension stay, or None if all do."""
+    cut = [rows[gone[axis]].reshape(-1) for axis, rows in positions(term).items() if axis in gone]
+    if not sum(len(each) for each in cut):
+        return None
+    stays = np.ones(term.size, dtype=bool)
+    stays[np.concatenate(cut)] = False
+    kept: list[int] = np.flatnonzero(stays).tolist()
+    return kept
 
 
 def _dropped(graph: Graph, name: str, kept: Sequence[int]) -> list[int]:
@@ -156,7 +168,7 @@ def _tensor(owners: Mapping[Any, list[Any]], name: str) -> Tensor:
 def _sliced(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
     def cut(value: Tensor) -> Tensor:
         for dim, stays in dims.items():
-            value = value.index_select(dim, torch.tensor(list(stays), device=value.device))
+            value = value.index_select(dim, torch.from_numpy(np.asarray(stays, dtype=np.int64)).to(value.device))
         return value.contiguous()
 
     with torch.no_grad():
