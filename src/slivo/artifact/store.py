@@ -114,6 +114,14 @@ def load(path: str | os.PathLike[str], *, factory: Factory | None = None) -> nn.
     Raises:
         ArtifactError: If the folder is no artifact, is damaged or newer than this version, or does not fit the
             factory.
+
+    Example:
+        >>> import tempfile
+        >>> folder = save(nn.Linear(3, 2), Path(tempfile.mkdtemp()) / "net", factory="torch.nn:Linear", args={
+        ...     "in_features": 3, "out_features": 2,
+        ... })
+        >>> load(folder)
+        Linear(in_features=3, out_features=2, bias=True)
     """
     path = Path(path)
     manifest = read(path)
