@@ -47,6 +47,20 @@ def net(width: int = 16) -> Net:
     return Net(width)
 
 
+class Guesser(nn.Module):
+    """Takes everything for the first class, which is right for a third of the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 3)
+        with torch.no_grad():
+            self.head.bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(x)
+        return out
+
+
 def recipe(*stages: dict[str, Any], **parts: Any) -> dict[str, Any]:
     """Return a recipe on the toy task."""
     return {

@@ -65,9 +65,20 @@ def count_params(model: nn.Module) -> int:
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:
     """Return the multiply-accumulates per sample; counted by operator, functional calls and attention included."""
     args, kwargs = as_args(example_inputs)
-    with evaluating(model), torch.no_grad(), _plain_kernels(), FlopCounterMode(display=False) as counter:
+    with evaluating(model), torch.no_grad(), _plain_kernels(), _counter() as counter:
         model(*args, **kwargs)
     return int(counter.get_total_flops()) // 2 // _batch_size((args, kwargs))
+
+
+def _counter() -> FlopCounterMode:
+    """Count what PyTorch's counter leaves out, too: products with vectors."""
+    vectors = (torch.ops.aten.mv, torch.ops.aten.dot, torch.ops.aten.vdot)
+    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(vectors, _vector_flops))
+
+
+def _vector_flops(left: torch.Size, right: torch.Size, *_: object, **__: object) -> int:
+    del right
+    return 2 * left.numel()
 
 
 def size_bytes(model: nn.Module) -> int:
