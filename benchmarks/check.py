@@ -227,7 +227,7 @@ def kind(subject: Subject) -> str:
     if any(is_attention(node) for node in nodes):
         return "transformer"
     args, kwargs = as_args(subject.inputs)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         subject.model(*args, **kwargs)
     flops = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
     convolutions = sum(count for operator, count in flops.items() if "conv" in operator)

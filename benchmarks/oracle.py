@@ -149,8 +149,16 @@ class KeepDouble(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
             return args[0].double()
+        if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm"):
+            return grouped_product(*args, **(kwargs or {}))
         args = tuple(self._wider(each) for each in args)
         return func(*args, **{key: self._wider(each) for key, each in (kwargs or {}).items()})
 
     def _wider(self, value: Any) -> Any:
         return torch.float64 if isinstance(value, torch.dtype) and value in self.SMALLER else value
+
+
+def grouped_product(rows: Tensor, weights: Tensor, *, offs: Tensor, **_: None) -> Tensor:
+    """Multiply each group of rows with a weight of its own; PyTorch's operator for that takes no float64."""
+    starts = [0, *offs.tolist()]
+    return torch.cat([rows[a:b] @ weight for a, b, weight in zip(starts, starts[1:], weights, strict=False)])

@@ -137,7 +137,10 @@ def sounds() -> dict[str, Tensor]:
 
 
 def clip() -> dict[str, Any]:
-    parts = {"text_config": {**TEXT, "projection_dim": 16}, "vision_config": {**VISION, "projection_dim": 16}}
+    parts = {
+        "text_config": {**TEXT, **SPECIAL, "projection_dim": 16},
+        "vision_config": {**VISION, "projection_dim": 16},
+    }
     return {**parts, "projection_dim": 16}
 
 
