@@ -23,7 +23,7 @@ INSTALL = "pip install torchvision"
 
 SIZES = {
     "alexnet": 224, "inception_v3": 299, "googlenet": 96, "maxvit_t": 224, "resnet50": 224, "densenet201": 224,
-    "mvit_v1_b": 224, "mvit_v2_s": 224,
+    "mvit_v1_b": 224, "mvit_v2_s": 224, "s3d": 224, "ssd300_vgg16": 300,
 }  # fmt: skip
 
 
@@ -79,7 +79,9 @@ def detector(name: str) -> tuple[nn.Module, Tensor]:
     from torchvision import models
 
     whole = models.get_model(name, weights=None, weights_backbone=None, num_classes=11)
-    return (RegionDetector if hasattr(whole, "roi_heads") else AnchorDetector)(whole), torch.randn(2, 3, 128, 128)
+    parts = RegionDetector if hasattr(whole, "roi_heads") else AnchorDetector
+    size = SIZES.get(name, 128)
+    return parts(whole), torch.randn(2, 3, size, size)
 
 
 class AnchorDetector(nn.Module):
