@@ -338,7 +338,7 @@ def projected_lstm():
 
 @row(6, 2, 4)
 def bidirectional_projected_lstm():
-    return Sequence(nn.LSTM(5, 8, proj_size=6, bidirectional=True), 12)
+    return Sequence(nn.LSTM(5, 12, proj_size=4, bidirectional=True), 8)
 
 
 @row(6, 2, 4)
@@ -459,22 +459,31 @@ class Affine(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(shape)
 
 
+class AffineAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = Affine(24, 8), Affine(8, 8)
+        self.part, self.heads, self.lengths = 8, 2, (5, 8)
+
+    def forward(self, x):
+        parts = [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in self.inner(x).split(self.part, -1)]
+        x = F.scaled_dot_product_attention(*parts).transpose(1, 2)
+        return self.outer(x.reshape(-1, self.lengths[0], self.part))
+
+
 @row(2, 5, 6)
 class AmbiguousAttributes(nn.Module):
     """Attributes whose value occurs several times in the code, for dimensions that are cut differently."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleList([Affine(24, 8), Affine(8, 8)]) for _ in range(2))
-        self.embed, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
-        self.part, self.heads, self.sizes = 8, 2, (8, 5)
+        self.layers = nn.ModuleList(AffineAttention() for _ in range(2))
+        self.embed, self.head, self.sizes = nn.Linear(6, 8), nn.Linear(8, 3), (8, 5)
 
     def forward(self, x):
         x = self.embed(x)
-        for inner, outer in self.layers:
-            parts = [y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in inner(x).split(self.part, -1)]
-            y = F.scaled_dot_product_attention(*parts).transpose(1, 2)
-            x = x + outer(y.reshape(*y.shape[:2], self.part))
+        for layer in self.layers:
+            x = x + layer(x)
         return self.head(x.reshape(-1, self.sizes[0])).view(*x.shape[:2], 3)
 
 
@@ -493,3 +502,58 @@ class SizesReadOff(nn.Module):
         x = x.flatten(2).transpose(1, 2)
         y = self.reduce(x.transpose(1, 2).reshape(batch, channels, high, wide)).reshape(batch, channels, -1)
         return self.head(x.mean(1)) + self.other(y.mean(-1))
+
+
+class CoupledAttention(nn.Module):
+    """Attention whose code takes the width of a head from the width of its input."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.qkv, self.out, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+        self.register_buffer("scale", torch.ones(1))
+        self.unused = nn.Parameter(torch.ones(width))
+
+    def forward(self, x, flag: bool = True):
+        batch, length, width = x.shape
+        x = self.qkv(x).reshape(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(x[0] * self.scale, x[1], x[2]).transpose(1, 2)
+        return self.out(x.reshape(batch, length, width) if flag else x)
+
+
+@row(2, 5, 6)
+class Coupled(nn.Module):
+    """Two blocks of attention that only their own graphs can stand for once they are cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.blocks = nn.ModuleList(CoupledAttention(16, 4) for _ in range(2))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(F.relu(x), flag=True)
+        return self.head(x)
+
+
+class Split(nn.Module):
+    """Half of the channels, by an attribute of twice their number."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.window = 12, 2
+        self.expand, self.reduce = nn.Conv2d(8, 12, 1), nn.Conv2d(6, 8, 1)
+
+    def forward(self, x):
+        left, right = self.expand(x).split(self.width // 2, dim=1)
+        return self.reduce(left * right.sigmoid())
+
+
+@row(2, 3, 8, 8)
+class Halves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.split, self.head = nn.Conv2d(3, 8, 1), Split(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.split(self.stem(x)).mean((2, 3)))

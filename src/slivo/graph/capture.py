@@ -45,8 +45,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
         CaptureError: If the model does not accept the inputs, or PyTorch cannot capture it.
     """
     args, kwargs = as_args(example_inputs)
-    with evaluating(model, training=training), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with evaluating(model, training=training), torch.no_grad(), _quiet():
         try:
             program = torch.export.export(model, args, kwargs, strict=False)
         except Exception as error:
@@ -76,6 +75,25 @@ def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep PyTorch's warnings, and the tracebacks that it logs of what it then raises, from the user."""
+
+    def silent(_: logging.LogRecord) -> bool:
+        return False
+
+    handlers = list(logging.getLogger("torch").handlers)
+    for handler in handlers:
+        handler.addFilter(silent)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(silent)
 
 
 def describe(args: tuple[object, ...], kwargs: dict[str, object]) -> str:

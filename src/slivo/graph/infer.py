@@ -69,7 +69,10 @@ class Literal:
 
 @dataclass
 class Inference:
-    """What is known while a graph is walked; rules read and extend it."""
+    """What is known while a graph is walked; rules read and extend it.
+
+    With a boundary, the inputs and outputs of the graph keep their sizes; a part of a network has none.
+    """
 
     capture: Capture
     dims: dict[fx.Node, Any] = field(default_factory=dict)
@@ -82,6 +85,7 @@ class Inference:
     reads: set[Term] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
+    boundary: bool = True
     node: fx.Node = field(init=False)
 
     def of(self, argument: Any) -> Dims:
@@ -159,11 +163,13 @@ class Inference:
         for node in self.capture.graph.graph.nodes:
             self.node = node
             if node.op == "placeholder":
-                self.dims[node] = self._given(node, "an input of the network")
+                self.dims[node] = self._given(node, "an input of the network" if self.boundary else None)
             elif node.op == "get_attr":
                 self.dims[node] = self._fetched(node)
             elif node.op == "output":
-                for dims in _tensors([self.dims[argument] for argument in node.all_input_nodes]):
+                for dims in (
+                    () if not self.boundary else _tensors([self.dims[argument] for argument in node.all_input_nodes])
+                ):
                     for term in dims:
                         fix(term, "an output of the network")
             else:
@@ -192,7 +198,7 @@ class Inference:
         self.node = outer
         return result
 
-    def _given(self, node: fx.Node, reason: str) -> Any:
+    def _given(self, node: fx.Node, reason: str | None) -> Any:
         dims = [self._sized(shape, reason) for shape in _shapes(node.meta.get("val"))]
         return dims[0] if isinstance(node.meta.get("val"), Tensor) else dims
 
@@ -204,7 +210,7 @@ class Inference:
             self.tensors[name] = tuple(var(size) for size in node.meta["val"].shape)
         return self.tensors[name]
 
-    def _sized(self, shape: tuple[int, ...] | None, reason: str) -> Dims | None:
+    def _sized(self, shape: tuple[int, ...] | None, reason: str | None) -> Dims | None:
         return None if shape is None else tuple(var(size, reason) for size in shape)
 
     def _call(self, node: fx.Node) -> Any:

@@ -13,6 +13,7 @@ import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from torch.utils import _pytree as pytree
 from slivo.errors import SlivoError
 from slivo.graph.axes import Graph
 from slivo.graph.capture import Capture
-from slivo.graph.dims import Var, leaves, size_after
+from slivo.graph.dims import Prod, Var, head, size_after
+from slivo.graph.infer import Inference
 from slivo.graph.inputs import ExampleInputs, as_args
-from slivo.graph.surgery import Slices, perform_
+from slivo.graph.slicing import Slices, cut_
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class Rewrite:
         block: Name of the block (a ``no_grad`` section, say) whose graph it is; "" for the graph itself.
         node: The node's name.
         path: Which of the node's arguments, and which entry of it if that is a list.
-        value: The new integer; that of one sample if there is a batch.
-        batch: The input by the size of whose first dimension the value is to be multiplied, or "".
+        value: The new integer; what is multiplied with the size of an input if there is one. Of several rewrites of
+            one integer the later multiply what the earlier made.
+        batch: The input by the size of one of whose dimensions the value is to be multiplied, or "".
+        dim: Which of its dimensions, the first if it is the batch.
     """
 
     block: str
@@ -44,6 +48,7 @@ class Rewrite:
     path: tuple[int, ...]
     value: int
     batch: str = ""
+    dim: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,30 +76,48 @@ def plan_rewrites(graph: Graph, keep: Mapping[str, Sequence[int]], *, any_batch:
         The rewrites, in the graph's order.
     """
     kept: dict[Var, int] = {graph.variables[name]: len(stays) for name, stays in keep.items()}
-    batches = _batches(graph) if any_batch else {}
-    blocks = {id(m.graph): name for name, m in _blocks(graph.inference.capture.graph).items()}
+    return rewrites(graph.inference, kept, inputs_of(graph.inference, dims=1) if any_batch else {})
+
+
+def rewrites(inference: Inference, kept: dict[Var, int], inputs: Mapping[Var, tuple[str, int]]) -> list[Rewrite]:
+    """Find the integers in a captured graph that change.
+
+    Args:
+        inference: What is known of the graph.
+        kept: The new sizes of axes.
+        inputs: Axes whose sizes are read off an input when the program runs: its name and dimension.
+
+    Returns:
+        The rewrites, in the graph's order.
+    """
+    blocks = {id(m.graph): name for name, m in _blocks(inference.capture.graph).items()}
     found = []
-    for literal in graph.inference.literals:
+    for literal in inference.literals:
         old, new = argument(literal.node, literal.path), size_after(literal.term, kept)
         if not isinstance(old, int) or old != literal.term.size:
             continue
         block = blocks[id(literal.node.graph)]
-        own = [leaf for leaf in leaves(literal.term) if leaf in batches] if not block else []
-        if len(own) == 1:
-            found.append(Rewrite(block, literal.node.name, literal.path, new // own[0].size, batches[own[0]]))
+        term = head(literal.term)
+        factors = [head(each) for each in term.factors] if isinstance(term, Prod) else [term]
+        own = [each for each in factors if isinstance(each, Var) and each in inputs] if not block else []
+        if own:
+            times = new // prod(kept.get(each, each.size) for each in own)
+            for each in own:
+                found.append(Rewrite(block, literal.node.name, literal.path, times, *inputs[each]))
+                times = 1
         elif new != old:
             found.append(Rewrite(block, literal.node.name, literal.path, new))
     return found
 
 
-def _batches(graph: Graph) -> dict[Var, str]:
-    """Map the first dimension of each input to the input's name."""
-    dims = graph.inference.dims
-    found: dict[Var, str] = {}
-    for node in graph.inference.capture.graph.graph.nodes:
-        if node.op == "placeholder" and isinstance(dims[node], tuple):
-            for leaf in leaves(dims[node][0]) if dims[node] else ():
-                found.setdefault(leaf, node.name)
+def inputs_of(inference: Inference, *, dims: int | None = None) -> dict[Var, tuple[str, int]]:
+    """Map the dimensions of inputs (of each the first few) to the input's name and which of its dimensions it is."""
+    found: dict[Var, tuple[str, int]] = {}
+    for node in inference.capture.graph.graph.nodes:
+        if node.op == "placeholder" and isinstance(inference.dims[node], tuple):
+            for dim, term in enumerate(map(head, inference.dims[node][:dims])):
+                if isinstance(term, Var):
+                    found.setdefault(term, (node.name, dim))
     return found
 
 
@@ -112,13 +135,13 @@ def argument(node: fx.Node, path: Sequence[int]) -> Any:
     return found
 
 
-def build(capture: Capture, slices: Slices, rewrites: Iterable[Rewrite]) -> fx.GraphModule:
+def build(capture: Capture, slices: Slices, changes: Iterable[Rewrite]) -> fx.GraphModule:
     """Return a copy of a captured graph with slices cut out and integers rewritten.
 
     Args:
         capture: The captured model; it is left as it was.
         slices: What stays of which tensor, by the model's names.
-        rewrites: The new integers.
+        changes: The new integers.
 
     Returns:
         A module that is called as the model is, and shares the parameters that are not cut. It evaluates: dropout and
@@ -128,22 +151,25 @@ def build(capture: Capture, slices: Slices, rewrites: Iterable[Rewrite]) -> fx.G
         warnings.simplefilter("ignore")  # the copy of PyTorch's own tree specifications warns
         new = copy.deepcopy(capture.graph, {id(each): each for each in capture.graph.parameters()})
     own = {capture.tensors[node.name]: str(node.target) for node in new.graph.nodes if node.name in capture.tensors}
-    perform_(new, {own[name]: dims for name, dims in slices.items() if name in own}, {})
+    cut_(new, {own[name]: dims for name, dims in slices.items() if name in own})
     blocks = _blocks(new)
     nodes = {(name, node.name): node for name, block in blocks.items() for node in block.graph.nodes}
-    for each in rewrites:
+    for each in changes:
         node = nodes[each.block, each.node]
-        value = _scaled(node, each.value, nodes["", each.batch]) if each.batch else each.value
+        value = _scaled(node, each, nodes["", each.batch]) if each.batch else each.value
         node.args = _replaced(node.args, each.path, value)
     for block in blocks.values():
         block.recompile()
     return new
 
 
-def _scaled(node: fx.Node, value: int, given: fx.Node) -> fx.Node:
+def _scaled(node: fx.Node, rewrite: Rewrite, given: fx.Node) -> fx.Node:
+    before = argument(node, rewrite.path)
     with node.graph.inserting_before(node):
-        size = node.graph.call_function(torch.ops.aten.sym_size.int, (given, 0))
-        return size if value == 1 else node.graph.call_function(operator.mul, (size, value))
+        size = node.graph.call_function(torch.ops.aten.sym_size.int, (given, rewrite.dim))
+        for times in (rewrite.value, before if isinstance(before, fx.Node) else 1):
+            size = size if times == 1 else node.graph.call_function(operator.mul, (size, times))
+        return size
 
 
 def _replaced(args: Any, path: Sequence[int], value: Any) -> Any:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from slivo.errors import ShapeError
 from slivo.graph.axes import Graph
+from slivo.graph.capture import canonical_names, evaluating
 from slivo.graph.inputs import ExampleInputs, as_args
-from slivo.graph.mend import changed, mend_, run
-from slivo.graph.program import Program, build, describe_inputs, plan_rewrites
+from slivo.graph.mend import changed, mend_
+from slivo.graph.parts import calls, describe, plan_part
+from slivo.graph.program import Program, build, describe_inputs, plan_rewrites, tensors_of
 from slivo.graph.surgery import perform_, plan_attributes, plan_slices
 
 _log = logging.getLogger("slivo")
@@ -44,16 +48,24 @@ def settle(
     slices = plan_slices(graph, keep)
     attributes = plan_attributes(model, graph, keep)
     args, kwargs = as_args(example_inputs)
-    expected = run(build(graph.inference.capture, slices, plan_rewrites(graph, keep, any_batch=False)), args, kwargs)
-    live = copy.deepcopy(model, {id(each): each for each in model.parameters()})  # a cut makes parameters anew
+    expected = _run(build(graph.inference.capture, slices, plan_rewrites(graph, keep, any_batch=False)), args, kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # copies of captured graphs warn of PyTorch's own code
+        live = copy.deepcopy(model, {id(each): each for each in model.parameters()})  # a cut makes parameters anew
     perform_(live, slices, attributes)
     if isinstance(expected, Exception):
         # The graph's own sizes are not all known; the live model may know better.
-        found = run(live, args, kwargs)
+        found = _run(live, args, kwargs)
         if isinstance(found, Exception):
             raise ShapeError(f"the cut model does not run: {found}") from found
         return attributes, None
-    settings = mend_(live, graph, keep, lambda found: _agree(found, expected), args, kwargs)
+    settings = mend_(
+        live,
+        graph,
+        keep,
+        lambda changed: _agree(_run(changed, args, kwargs), expected),
+        _parts(model, graph, keep, args, kwargs),
+    )
     if settings is not None:
         for module, attribute, value in settings:
             attributes.setdefault(module, {})[attribute] = value
@@ -65,6 +77,37 @@ def settle(
         ", ".join(places) or type(model).__name__,
     )
     return {}, Program(describe_inputs(example_inputs), tuple(plan_rewrites(graph, keep, any_batch=True)))
+
+
+def _parts(
+    model: nn.Module,
+    graph: Graph,
+    keep: Mapping[str, Sequence[int]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Callable[[str], tuple[Any, fx.GraphModule] | None]:
+    """Return what makes of a module's name the module's own graph, cut."""
+    called = functools.cache(lambda: calls(model, args, kwargs))
+    slices, names = plan_slices(graph, keep), canonical_names(model)
+
+    def part(name: str) -> tuple[Any, fx.GraphModule] | None:
+        found = plan_part(model, graph, keep, name, called()[name]) if name in called() else None
+        if found is None:
+            return None
+        captured, program = found
+        own = {each: slices.get(names[f"{name}.{each}"], {}) for each in captured.tensors.values()}
+        return describe(program), build(captured, own, program.rewrites)
+
+    return part
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor] | Exception:
+    """Run a model in evaluation; return the tensors it gives out, or the exception it raises."""
+    try:
+        with evaluating(model), torch.no_grad():
+            return tensors_of(model(*args, **kwargs))
+    except Exception as error:
+        return error
 
 
 def _agree(found: Sequence[Tensor] | Exception, expected: Sequence[Tensor]) -> bool:

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slivo.errors import ShapeError
 from slivo.graph.axes import Graph
 from slivo.graph.dims import Term, Var, head, positions, size_after
-
-Slices = Mapping[str, Mapping[int, Sequence[int]]]
-"""For each tensor and dimension, the indices that stay."""
+from slivo.graph.parts import FORWARD, program, replace_
+from slivo.graph.slicing import Slices, check, cut_, within
 
 Attributes = Mapping[str, Mapping[str, Any]]
 """For each module, attributes and their new values."""
@@ -108,73 +106,27 @@ def perform_(model: nn.Module, slices: Slices, attributes: Attributes) -> None:
     Args:
         model: The module to change, on any device, the meta device included.
         slices: What stays of which tensor.
-        attributes: What to set.
+        attributes: What to set. A module whose ``forward`` is given is replaced by its program
+            (`slivo.graph.parts`).
 
     Raises:
         ShapeError: If a tensor or module is not there or has no such index; the model is then unchanged.
     """
-    owners = _owners(model)
-    tensors = {name: _tensor(owners, name) for name in slices}
-    for name, dims in slices.items():
-        for dim, stays in dims.items():
-            if dim >= tensors[name].dim() or (stays and max(stays) >= tensors[name].shape[dim]):
-                raise ShapeError(
-                    f"{name} has shape {list(tensors[name].shape)}; it cannot be cut as asked in dim {dim}"
-                )
+    replaced = tuple(name for name, values in attributes.items() if FORWARD in values)
     modules = dict(model.named_modules(remove_duplicate=False))
     missing = [name for name in attributes if name not in modules]
     if missing:
         raise ShapeError(f"the model has no module {missing[0]!r}")
-    for name, dims in slices.items():
-        new = _sliced(tensors[name], dims)
-        for module, attribute, kind in owners[id(tensors[name])]:
-            getattr(module, kind)[attribute] = new
-            _replace_in_lists_(module, tensors[name], new)
+    check(model, slices)
+    for name in replaced:
+        replace_(model, name, program(attributes[name][FORWARD]))
+    if replaced:
+        # Of a replaced module only what its program uses is still there.
+        modules = dict(model.named_modules(remove_duplicate=False))
+        slices = within(model, slices)
+    cut_(model, slices)
     for name, values in attributes.items():
-        for attribute, value in values.items():
-            old = getattr(modules[name], attribute, None)
-            setattr(modules[name], attribute, tuple(value) if isinstance(old, tuple) else value)
-
-
-def _replace_in_lists_(module: nn.Module, old: Tensor, new: Tensor) -> None:
-    """Put the new tensor into lists of weights that a module keeps, as recurrent layers do."""
-    for value in vars(module).values():
-        if isinstance(value, list):
-            value[:] = [new if each is old else each for each in value]
-
-
-def _owners(model: nn.Module) -> dict[Any, list[Any]]:
-    """Map each tensor's identity to all (module, attribute, dictionary) that hold it, and each name to the tensor."""
-    owners: dict[Any, list[Any]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for kind in ("_parameters", "_buffers"):
-            for attribute, tensor in getattr(module, kind).items():
-                if tensor is None:
-                    continue
-                owners.setdefault(f"{path}.{attribute}" if path else attribute, []).append(tensor)
-                holders = owners.setdefault(id(tensor), [])
-                if not any(holder[0] is module and holder[1] == attribute for holder in holders):
-                    holders.append((module, attribute, kind))
-    return owners
-
-
-def _tensor(owners: Mapping[Any, list[Any]], name: str) -> Tensor:
-    if name not in owners:
-        raise ShapeError(f"the model has no tensor {name!r}")
-    tensor: Tensor = owners[name][0]
-    return tensor
-
-
-def _sliced(tensor: Tensor, dims: Mapping[int, Sequence[int]]) -> Tensor:
-    def cut(value: Tensor) -> Tensor:
-        for dim, stays in dims.items():
-            value = value.index_select(dim, torch.from_numpy(np.asarray(stays, dtype=np.int64)).to(value.device))
-        return value.contiguous()
-
-    with torch.no_grad():
-        new = cut(tensor.detach())
-        if isinstance(tensor, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-            if tensor.grad is not None:
-                new.grad = cut(tensor.grad)
-    return new
+        for attribute, value in values.items() if name in modules else ():
+            if attribute != FORWARD:
+                old = getattr(modules[name], attribute, None)
+                setattr(modules[name], attribute, tuple(value) if isinstance(old, tuple) else value)

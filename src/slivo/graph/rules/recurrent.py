@@ -28,7 +28,7 @@ class _Layer:
 
 @rule(aten.lstm)
 def lstm(t: Inference, x: Any, *args: Any) -> list[Dims | None]:
-    """Four gates; with a projection the layer gives out ``weight_hr[0]`` instead of its units."""
+    """Four gates; with a projection the layer gives out ``weight_hr[0]`` instead of its units, which are more."""
     packed = not isinstance(args[0], list | tuple)
     states, weights, biased, count, _, _, both, batch_first = _arguments(args, packed)
     return _recurrent(t, x, states, weights, biased, count, both, 4, None if packed else batch_first)

@@ -1,0 +1,96 @@
+"""Parts: modules whose code cannot be cut, each replaced by its own captured graph, so that the rest stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from slivo.errors import SlivoError
+from slivo.graph.axes import Graph
+from slivo.graph.capture import Capture, canonical_names, capture, evaluating
+from slivo.graph.infer import Inference
+from slivo.graph.inputs import Call
+from slivo.graph.program import Program, Rewrite, build, describe_inputs, imitate_inputs, inputs_of, rewrites
+
+FORWARD = "forward"
+"""The attribute by which a module is given a program; its value is what `describe` returns."""
+
+
+def plan_part(
+    model: nn.Module, graph: Graph, keep: Mapping[str, Sequence[int]], name: str, call: Call
+) -> tuple[Capture, Program] | None:
+    """Find out how a module of a model computes once axes are cut.
+
+    Args:
+        model: The model that was traced, uncut.
+        graph: Its graph.
+        keep: For each axis to cut, by name, the positions that stay.
+        name: The module.
+        call: What the model calls it with.
+
+    Returns:
+        The module's captured graph, and how it is to be rewritten; None if it cannot be captured on its own.
+    """
+    try:
+        captured = capture(model.get_submodule(name), call)
+        inputs = describe_inputs(call)
+    except SlivoError:
+        return None
+    names = canonical_names(model)
+    known = {own: graph.inference.tensors.get(names[f"{name}.{own}"]) for own in captured.tensors.values()}
+    inference = Inference(
+        captured, tensors={own: dims for own, dims in known.items() if dims is not None}, boundary=False
+    )
+    inference.run()
+    kept = {graph.variables[axis]: len(stays) for axis, stays in keep.items()}
+    return captured, Program(inputs, tuple(rewrites(inference, kept, inputs_of(inference))))
+
+
+def describe(found: Program) -> dict[str, Any]:
+    """Return a program as JSON-ready data."""
+    data = asdict(found)
+    return {**data, "rewrites": [{**each, "path": list(each["path"])} for each in data["rewrites"]]}
+
+
+def program(data: Mapping[str, Any]) -> Program:
+    """Rebuild a program from `describe`'s data."""
+    found = (Rewrite(**{**each, "path": tuple(each["path"])}) for each in data["rewrites"])
+    return Program(data["inputs"], tuple(found))
+
+
+def replace_(model: nn.Module, name: str, found: Program) -> None:
+    """Put a module's program in its place; its tensors keep their names and are not cut yet."""
+    module = model.get_submodule(name)
+    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    args, kwargs = imitate_inputs(found.inputs, device)
+    put_(model, name, build(capture(module, Call(args, kwargs)), {}, found.rewrites))
+
+
+def put_(model: nn.Module, name: str, graph: fx.GraphModule) -> None:
+    """Put a graph in a module's place, in the mode that the module is in."""
+    training = model.get_submodule(name).training
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, graph.train(training))
+
+
+def calls(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Call]:
+    """Run a model, and return what each of its modules is called with, if it is called once."""
+    found: dict[str, list[Call]] = {}
+
+    def note(name: str) -> Any:
+        return lambda _module, given, named: found.setdefault(name, []).append(Call(given, named))
+
+    hooks = [
+        module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in model.named_modules() if name
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: several[0] for name, several in found.items() if len(several) == 1}
