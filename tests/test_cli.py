@@ -270,3 +270,12 @@ def test_an_interrupt_says_how_to_go_on_and_loses_nothing(tmp_path: Path) -> Non
     rows = [json.loads(line) for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if row["stage"] == 1] == list(range(1, len(rows) - 2))
     assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "running"
+
+
+def test_a_model_that_rejects_its_inputs_fails_in_one_line(tmp_path: Path) -> None:
+    process = start("inspect", "toys:net", "--input", "2,5", folder=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: Net fails on the example inputs (float32[2, 5])")
