@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import networks
 import oracle
@@ -79,10 +78,12 @@ def attempt(row: Row, step: str, action: Callable[[], None], file: Path) -> None
     """Take a step; if it fails, note why and go on."""
     row.step = step
     write(row, file)
+    start = time.process_time()
     try:
         action()
     except Exception as error:
         row.failures[step] = f"{type(error).__name__}: {short(error)}"
+    row.steps[step] = time.process_time() - start
     write(row, file)
 
 
@@ -226,12 +227,14 @@ def kind(subject: Subject) -> str:
     nodes = subject.graph.inference.capture.graph.graph.nodes
     if any(is_attention(node) for node in nodes):
         return "transformer"
-    args, kwargs = as_args(subject.inputs)
-    with FlopCounterMode(display=False) as counter:
-        subject.model(*args, **kwargs)
-    flops = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
-    convolutions = sum(count for operator, count in flops.items() if "conv" in operator)
-    return "cnn" if convolutions >= sum(flops.values()) / 2 else "other"
+    return "cnn" if any(sees_neighbors(module) for module in subject.model.modules()) else "other"
+
+
+def sees_neighbors(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution whose windows overlap; others cut patches, or look at points alone."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return type(module).__name__ == "Conv2D"  # that of Keras
+    return any(kernel > stride for kernel, stride in zip(module.kernel_size, module.stride, strict=True))
 
 
 def is_attention(node: fx.Node) -> bool:

@@ -9,14 +9,14 @@ root of the repository::
 
 The columns:
 
-- ``network``: source and name; ``kind`` tells transformers (attention occurs), cnn (convolutions make up half of the
-  MACs) and other.
+- ``network``: source and name; ``kind`` tells transformers (attention occurs), cnn (convolutions whose windows overlap)
+  and other.
 - ``params``: millions of parameters.
 - ``axes``: prunable axes / all axes. An axis is a dimension that several tensors share; those of the network's inputs
   and outputs, at least, may not be cut.
 - ``error``: the largest relative change of the outputs when a prunable axis is permuted everywhere at once, in
   float64: rounding if the axis is right (1e-9 at most passes). ``g`` behind it: permuted in groups, where one by one
-  would take more than 20 s (`oracle.worst` says why that proves as much).
+  would take more than 10 s (`oracle.worst` says why that proves as much).
 - ``macs``, ``weights``: share of the MACs of operators in which a prunable axis takes part, and of the parameters
   that lie on one.
 - ``left``: share of the MACs left by pruning half of them, counted by operator in the pruned model.

@@ -17,7 +17,7 @@ class Row:
 
     Args:
         name: The source and the network, ``source/network``.
-        kind: ``transformer`` if there is attention, ``cnn`` if convolutions make up half of the MACs, else ``other``.
+        kind: ``transformer`` if there is attention, ``cnn`` if convolutions look at neighbors, else ``other``.
         captured: Whether PyTorch captured it and slivo read the graph.
         params: Parameters.
         macs: Multiply-accumulates per sample, counted by operator as it runs.
@@ -41,6 +41,7 @@ class Row:
         wall_seconds: The same by the clock on the wall.
         unknown: Operators without a rule, whose dimensions are fixed, and how often each occurs.
         step: What was being done last.
+        steps: Processor seconds of each step of the check.
         failures: For each step that failed why.
         peer_seconds: Processor seconds that the peer took.
         peer_params: Share of the parameters that the peer left.
@@ -72,6 +73,7 @@ class Row:
     wall_seconds: float | None = None
     unknown: dict[str, int] = field(default_factory=dict)
     step: str = "start"
+    steps: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     peer_seconds: float | None = None
     peer_params: float | None = None
