@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch import config as _functorch_config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from slivo.errors import CaptureError
 from slivo.graph.inputs import ExampleInputs, as_args
@@ -84,7 +87,8 @@ def _quiet() -> Iterator[None]:
     def silent(_: logging.LogRecord) -> bool:
         return False
 
-    handlers = list(logging.getLogger("torch").handlers)
+    loggers = [logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch")]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
     for handler in handlers:
         handler.addFilter(silent)
     try:
@@ -105,6 +109,36 @@ def describe(args: tuple[object, ...], kwargs: dict[str, object]) -> str:
         return type(value).__name__
 
     return ", ".join([*map(one, args), *(f"{key}={one(value)}" for key, value in kwargs.items())])
+
+
+def _imagined(
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[nn.Module, tuple[object, ...], dict[str, object]]:
+    """Return a model on the meta device, and its inputs, as if they were on the CPU, without their data.
+
+    Its code may make tensors on a device of its own choice, which do not mix with those of the meta device; and the
+    graph is to make them where the model will be.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    with FakeTensorMode():
+        empty = {id(each): torch.empty(each.shape, dtype=each.dtype) for each in tensors}
+        for each in tensors:
+            if isinstance(each, nn.Parameter):
+                empty[id(each)] = nn.Parameter(empty[id(each)], requires_grad=each.requires_grad)
+        copied = copy.deepcopy(model, dict(empty))
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda each: torch.empty(each.shape, dtype=each.dtype), (args, kwargs)
+        )
+    return copied, args, kwargs
+
+
+def _put_tensors_(graph: nn.Module, model: nn.Module) -> None:
+    """Give a captured graph the tensors of a model in place of those of the same names."""
+    owners = dict(model.named_modules(remove_duplicate=False))
+    for path, module in graph.named_modules(remove_duplicate=False):
+        for kind in ("_parameters", "_buffers"):
+            held = getattr(owners[path], kind) if path in owners else {}
+            getattr(module, kind).update({name: held[name] for name in getattr(module, kind) if name in held})
 
 
 def _with_values(
