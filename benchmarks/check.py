@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 
 import networks
 import oracle
-import slivo
 from row import Row
+from slivo import Budget, load, prune, save, trace
 from slivo.graph import Graph, as_args
 from slivo.graph.capture import evaluating
 from slivo.graph.program import tensors_of
@@ -55,13 +55,13 @@ def main(name: str, file: Path) -> None:
     attempt(row, "build", build, file)
     if not subject:
         return
-    attempt(row, "trace", lambda: trace(row, subject[0]), file)
+    attempt(row, "trace", lambda: find_axes(row, subject[0]), file)
     if subject[0].graph is not None:
-        attempt(row, "prune", lambda: prune(row, subject[0]), file)
+        attempt(row, "prune", lambda: cut_half(row, subject[0]), file)
     if subject[0].cut is not None:
         attempt(row, "forward", lambda: forward(row, subject[0]), file)
         attempt(row, "backward", lambda: backward(row, subject[0]), file)
-        attempt(row, "save", lambda: save(row, subject[0]), file)
+        attempt(row, "save", lambda: store(row, subject[0]), file)
     if subject[0].graph is not None:
         attempt(row, "permute", lambda: permute(row, subject[0]), file)  # last: it is slow, and changes the model
     row.step = "done"
@@ -122,10 +122,10 @@ def enliven_(model: nn.Module) -> None:
                 module.running_var.uniform_(0.5, 1.5)
 
 
-def trace(row: Row, subject: Subject) -> None:
+def find_axes(row: Row, subject: Subject) -> None:
     warm_up()
     start = time.process_time()
-    graph = slivo.trace(subject.model, subject.inputs)
+    graph = trace(subject.model, subject.inputs)
     row.trace_seconds = time.process_time() - start
     subject.graph, row.captured = graph, True
     row.graph_macs = graph.macs
@@ -138,15 +138,15 @@ def trace(row: Row, subject: Subject) -> None:
 def warm_up() -> None:
     """Import what PyTorch imports when it captures for the first time, so that it is in no network's time."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    slivo.prune(net, torch.randn(2, 3, 8, 8), keep=slivo.Budget(macs=0.5), scope="uniform")
+    prune(net, torch.randn(2, 3, 8, 8), keep=Budget(macs=0.5), scope="uniform")
 
 
-def prune(row: Row, subject: Subject) -> None:
+def cut_half(row: Row, subject: Subject) -> None:
     start, wall = time.process_time(), time.perf_counter()
-    cut = slivo.prune(subject.model, subject.inputs, keep=slivo.Budget(macs=0.5), scope="uniform")
+    cut = prune(subject.model, subject.inputs, keep=Budget(macs=0.5), scope="uniform")
     row.seconds, row.wall_seconds = time.process_time() - start, time.perf_counter() - wall
     subject.cut = cut.eval()
-    row.fallback = isinstance(cut, fx.GraphModule) and not isinstance(subject.model, fx.GraphModule)
+    row.graphs = graphs(cut)
     wrong = misfits(cut)
     row.shapes = not wrong
     if wrong:
@@ -180,11 +180,11 @@ def backward(row: Row, subject: Subject) -> None:
         row.failures["backward"] = f"{len(before)} parameters had gradients, {len(after)} have"
 
 
-def save(row: Row, subject: Subject) -> None:
+def store(row: Row, subject: Subject) -> None:
     cut, row.saved = subject.cut, False
     with tempfile.TemporaryDirectory() as folder:
-        path = slivo.save(cut, Path(folder) / "cut")
-        again = slivo.load(path, factory=lambda: networks.make(subject.name)[0])
+        path = save(cut, Path(folder) / "cut")
+        again = load(path, factory=lambda: networks.make(subject.name)[0])
     one, other = state(cut), state(again)
     differ = [name for name in one if name not in other or not same(one[name], other[name])]
     equal = all(same(a, b) for a, b in zip(run(cut, subject.inputs), run(again, subject.inputs), strict=True))
@@ -250,6 +250,14 @@ def feeds_product(node: fx.Node, steps: int) -> bool:
         any(product in str(user.target) for product in products) or (steps > 0 and feeds_product(user, steps - 1))
         for user in node.users
     )
+
+
+def graphs(model: nn.Module) -> list[str]:
+    """List the outermost modules that are captured graphs."""
+    found = [name for name, module in model.named_modules() if isinstance(module, fx.GraphModule)]
+    if "" in found:
+        return [""]
+    return [name for name in found if not any(name.startswith(f"{each}.") for each in found)]
 
 
 def misfits(model: nn.Module) -> list[str]:

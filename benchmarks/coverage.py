@@ -22,7 +22,8 @@ The columns:
 - ``left``: share of the MACs left by pruning half of them, counted by operator in the pruned model.
 - ``runs``: what of the pruned model is right: ``f`` runs, ``b`` trains, ``s`` the sizes its modules state, ``i``
   outputs have the shapes from before, ``l`` saved and loaded it is the same bit by bit; ``-`` in the place of what is
-  wrong. ``g`` behind them: the captured graph took the place of the model's code.
+  wrong. A number behind them: so many modules were replaced by their captured graphs, because their code holds sizes
+  that cannot be mended; ``g``: the model was replaced as a whole.
 - ``trace``, ``all``: processor seconds to find the axes; and to trace, plan and cut, with all checks that
   `slivo.prune` makes. Other work on the machine does not count, and with one thread (set OMP_NUM_THREADS) they are the
   seconds on a machine that has nothing else to do. Measured after a warm-up on a small network.
@@ -67,7 +68,7 @@ Task = Callable[[str, Path], None]
 
 HEADER = (
     f"{'network':42} {'kind':11} {'params':>7} {'axes':>9} {'error':>8} {'macs':>5} {'weights':>7} {'left':>5} "
-    f"{'runs':6} {'trace':>6} {'all':>6}"
+    f"{'runs':7} {'trace':>6} {'all':>6}"
 )
 
 
@@ -168,13 +169,13 @@ def read(name: str, file: Path) -> Row:
 def line_of(row: Row) -> str:
     """Write a row as a line, and why it fails as another."""
     checks = zip("fbsil", (row.forward, row.backward, row.shapes, row.interface, row.saved), strict=True)
-    runs = "".join(letter if right else "-" for letter, right in checks) + ("g" if row.fallback else "")
+    runs = "".join(letter if right else "-" for letter, right in checks) + replaced(row.graphs)
     error = "-" if row.permutation is None else f"{row.permutation:.0e}" + ("" if row.alone else "g")
     axes = "-" if row.axes is None else f"{row.prunable}/{row.axes}"
     line = (
         f"{row.name:42} {row.kind or '-':11} {number(row.params and row.params / 1e6, '.2f'):>7} {axes:>9} {error:>8} "
         f"{number(row.prunable_macs, '.2f'):>5} {number(row.prunable_params, '.2f'):>7} "
-        f"{number(row.macs_kept, '.2f'):>5} {runs:6} "
+        f"{number(row.macs_kept, '.2f'):>5} {runs:7} "
         f"{number(row.trace_seconds, '.1f'):>6} {number(row.seconds, '.1f'):>6}"
     )
     if row.peer_failure is not None:
@@ -188,6 +189,11 @@ def line_of(row: Row) -> str:
     if row.peer_failure:
         notes.append(f"peer: {row.peer_failure}")
     return "\n    ".join([line, *notes])
+
+
+def replaced(graphs: Sequence[str] | None) -> str:
+    """Write how many modules were replaced by their graphs; g if it is the whole model."""
+    return "" if not graphs else "g" if "" in graphs else str(len(graphs))
 
 
 def number(value: float | None, form: str) -> str:

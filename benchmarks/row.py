@@ -34,7 +34,7 @@ class Row:
         backward: Whether the cut model trains: in training mode, all parameters that had a gradient have one.
         shapes: Whether all sizes that modules hold of themselves are those of their weights.
         interface: Whether outputs have the shapes and types from before, for the same inputs.
-        fallback: Whether the captured graph had to take the place of the model's own code.
+        graphs: Modules whose captured graph had to take the place of their own code; "" for the whole model.
         saved: Whether the cut model, saved and loaded again, is the same bit by bit.
         trace_seconds: Processor seconds for the graph alone.
         seconds: Processor seconds to trace, plan and cut, the checks that `slivo.prune` makes by running included.
@@ -66,7 +66,7 @@ class Row:
     backward: bool | None = None
     shapes: bool | None = None
     interface: bool | None = None
-    fallback: bool | None = None
+    graphs: list[str] | None = None
     saved: bool | None = None
     trace_seconds: float | None = None
     seconds: float | None = None
