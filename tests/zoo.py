@@ -516,7 +516,9 @@ class CoupledAttention(nn.Module):
     def forward(self, x, flag: bool = True):
         batch, length, width = x.shape
         x = self.qkv(x).reshape(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(x[0] * self.scale, x[1], x[2]).transpose(1, 2)
+        places = torch.arange(length, device=x.device)
+        before = places[:, None] >= places + torch.tensor([0])  # a number made here, on no device in particular
+        x = F.scaled_dot_product_attention(x[0] * self.scale, x[1], x[2], attn_mask=before).transpose(1, 2)
         return self.out(x.reshape(batch, length, width) if flag else x)
 
 

@@ -6,7 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +48,23 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
         CaptureError: If the model does not accept the inputs, or PyTorch cannot capture it.
     """
     args, kwargs = as_args(example_inputs)
+    real, refused = not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]), False
     with evaluating(model, training=training), torch.no_grad(), _quiet():
-        try:
-            program = torch.export.export(model, args, kwargs, strict=False)
-        except Exception as error:
-            program = _with_values(model, args, kwargs, error)
+        given, args, kwargs = (model, args, kwargs) if real else _imagined(model, args, kwargs)
+        # Tensors that the code makes are on the CPU too then, whatever the default device is.
+        with nullcontext() if real else torch.device("cpu"):
+            try:
+                program = torch.export.export(given, args, kwargs, strict=False)
+            except Exception as error:
+                program, refused = _with_values(given, args, kwargs, error), True
         module = program.module(check_guards=False)
+    if refused and not training:
+        _log.warning(
+            "the code of %s asks for values of tensors: its graph is the way that the example inputs take through it",
+            type(model).__name__,
+        )
+    if not real:
+        _put_tensors_(module, model)
     # Made anew, because an exported module refuses to be put into training or evaluation mode.
     graph = fx.GraphModule(module, module.graph, type(model).__name__)
     first = canonical_names(model)
@@ -121,13 +132,13 @@ def _imagined(
     """
     tensors = [*model.parameters(), *model.buffers()]
     with FakeTensorMode():
-        empty = {id(each): torch.empty(each.shape, dtype=each.dtype) for each in tensors}
+        empty = {id(each): torch.empty(each.shape, dtype=each.dtype, device="cpu") for each in tensors}
         for each in tensors:
             if isinstance(each, nn.Parameter):
                 empty[id(each)] = nn.Parameter(empty[id(each)], requires_grad=each.requires_grad)
         copied = copy.deepcopy(model, dict(empty))
         args, kwargs = pytree.tree_map_only(
-            Tensor, lambda each: torch.empty(each.shape, dtype=each.dtype), (args, kwargs)
+            Tensor, lambda each: torch.empty(each.shape, dtype=each.dtype, device="cpu"), (args, kwargs)
         )
     return copied, args, kwargs
 
@@ -154,15 +165,9 @@ def _with_values(
     )
     try:
         with values:
-            program = torch.export.export(model, args, kwargs, strict=False)
+            return torch.export.export(model, args, kwargs, strict=False)
     except Exception:
         raise _explain(model, args, kwargs, refused) from refused
-    if not model.training:
-        _log.warning(
-            "the code of %s asks for values of tensors: its graph is the way that the example inputs take through it",
-            type(model).__name__,
-        )
-    return program
 
 
 def _explain(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], error: Exception) -> CaptureError:
