@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
@@ -40,7 +39,6 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 def read_back(tmp_path_factory):
     """Prune and save every network of the zoo, then load all of them in one new process."""
     root = tmp_path_factory.mktemp("artifacts")
-    logging.getLogger("slivo").setLevel(logging.ERROR)
     expected = {}
     for name in ZOO:
         model, inputs = build(name)

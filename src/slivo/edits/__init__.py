@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 from torch import fx, nn
 
 from slivo.edits.cut import Cut
+from slivo.edits.drop import Drop
 from slivo.edits.quantize import Quantize
 from slivo.errors import ArtifactError
 
-__all__ = ["Cut", "Edit", "Quantize", "apply", "from_json", "record", "replay", "to_json"]
+__all__ = ["Cut", "Drop", "Edit", "Quantize", "apply", "from_json", "record", "replay", "to_json"]
 
 _RECORD = "_slivo_edits"
 
@@ -45,7 +46,7 @@ class Edit(Protocol):
         ...
 
 
-_KINDS: dict[str, type[Edit]] = {edit.kind: edit for edit in (Cut, Quantize)}
+_KINDS: dict[str, type[Edit]] = {edit.kind: edit for edit in (Cut, Drop, Quantize)}
 
 
 def record(model: nn.Module) -> tuple[Edit, ...]:

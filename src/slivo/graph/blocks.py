@@ -43,7 +43,8 @@ def blocks(model: nn.Module, example_inputs: ExampleInputs) -> list[Block]:
 
     A block is an entry of a `Sequential` or `ModuleList` through which a residual path leads: from its output back to
     one of its inputs by additions and operators that keep the shape. Of nested ones the innermost is meant, as the
-    blocks of a stage rather than the stage. Nothing but the block may depend on what it alone takes in besides.
+    blocks of a stage rather than the stage; one that is called again on its own output is one block. What it takes in
+    besides must not have been computed for it alone.
 
     Args:
         model: Any module that PyTorch can capture.
@@ -59,23 +60,22 @@ def blocks(model: nn.Module, example_inputs: ExampleInputs) -> list[Block]:
     """
     graph = capture(model, example_inputs).graph.graph
     inside = _inside(graph)
-    repeated = {name.partition("@")[0] for name in inside if "@" in name}
     found = {
         name: stream
         for name, nodes in inside.items()
-        if name not in repeated and _is_entry(model, name) and (stream := _stream(nodes)) is not None
+        if _is_entry(model, name) and (stream := _stream(nodes)) is not None
     }
     innermost = [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
     return list(_called(model, example_inputs, {name: found[name] for name in innermost}))
 
 
 def _inside(graph: fx.Graph) -> dict[str, set[fx.Node]]:
-    """Return for each call of each module the nodes that it made, those of modules in it included."""
+    """Return for each module the nodes that its calls made, those of modules in it included."""
     inside: dict[str, set[fx.Node]] = defaultdict(set)
     for node in graph.nodes:
         if node.op == "call_function":
             for name, _ in (node.meta.get("nn_module_stack") or {}).values():
-                inside[str(name)].add(node)
+                inside[str(name).split("@")[0]].add(node)
     return inside
 
 

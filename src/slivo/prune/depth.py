@@ -1,0 +1,160 @@
+"""Depth pruning: drop the blocks that change least what passes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slivo import edits
+from slivo.edits.drop import Drop
+from slivo.errors import ShapeError, SlivoError, TargetError
+from slivo.graph.blocks import Block, blocks
+from slivo.graph.capture import evaluating
+from slivo.graph.inputs import ExampleInputs, as_args
+from slivo.graph.program import tensors_of
+from slivo.measure import cost
+from slivo.prune.budget import Budget
+
+
+def drop(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    keep: Budget,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    batches: Iterable[ExampleInputs] | None = None,
+) -> nn.Module:
+    """Return a shallower model: the blocks of least influence are taken out until the budget is met.
+
+    Args:
+        model: The trained model; left untouched.
+        example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        keep: What may stay, in MACs or parameters.
+        only: Globs over block paths; if given, only those are dropped.
+        exclude: Globs over block paths that stay.
+        batches: What the model is called with to measure influence; the example inputs if None. Some hundred samples
+            of real data are better.
+
+    Returns:
+        A new model that carries the edit (`slivo.edits.record`).
+
+    Raises:
+        CaptureError: If the model does not run on the inputs or cannot be captured.
+        TargetError: If the budget cannot be met by dropping blocks; says what the least possible is.
+        SlivoError: If there is no block to drop, or a glob matches none.
+
+    Example:
+        >>> from slivo.zoo import small_cnn
+        >>> net, images = small_cnn(width=8), torch.randn(4, 1, 8, 8)
+        >>> small = drop(net, images, keep=Budget(macs=0.8))
+        >>> sum(type(stage[3]).__name__ == "Skip" for stage in (small.stage1, small.stage2, small.stage3))
+        1
+    """
+    found = _selected(blocks(model, example_inputs), only, exclude)
+    worth = influence(model, found, [example_inputs] if batches is None else batches)
+    order = sorted(found, key=lambda block: worth[block.module])
+    whole = cost(model, example_inputs)
+    limits = keep.limits(macs=whole.macs, params=whole.params)
+    low, high = 0, len(order)
+    least = cost(_without(model, order), example_inputs)
+    if least.macs > limits[0] or least.params > limits[1]:
+        raise TargetError(
+            f"the budget cannot be met by dropping blocks: without all {len(order)} the model has {least.macs:,} MACs "
+            f"({least.macs / max(1, whole.macs):.1%}) and {least.params:,} parameters "
+            f"({least.params / max(1, whole.params):.1%}). Allow more, or prune widths as well"
+        )
+    while low < high:
+        middle = (low + high) // 2
+        left = cost(_without(model, order[:middle]), example_inputs)
+        if left.macs <= limits[0] and left.params <= limits[1]:
+            high = middle
+        else:
+            low = middle + 1
+    dropped = _without(model, order[:low])
+    _check(model, dropped, example_inputs)
+    return dropped
+
+
+def influence(model: nn.Module, found: Sequence[Block], batches: Iterable[ExampleInputs]) -> dict[str, float]:
+    """Return how much each block changes the residual stream, by its module.
+
+    Args:
+        model: Run in evaluation mode; left as it was.
+        found: Blocks of the model.
+        batches: What it is called with; the first dimension is the batch.
+
+    Returns:
+        ``1 − cos(x, y)``, the mean over samples of the angle's cosine between what enters and what leaves, each sample
+        taken as one vector: 0 for a block that does nothing, up to 2.
+
+    Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+    arXiv:2403.03853, eq. 1, where the vectors are those of tokens.
+
+    Example:
+        >>> net = nn.Sequential(nn.Identity())
+        >>> influence(net, [Block("0", 0)], [torch.ones(2, 3)])
+        {'0': 0.0}
+    """
+    sums: dict[str, list[Tensor]] = {block.module: [] for block in found}
+
+    def note(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        before = args[block.argument] if isinstance(block.argument, int) else kwargs[block.argument]
+        after = output if block.outputs is None else output[block.index]
+        cosine = F.cosine_similarity(before.flatten(1).double(), after.flatten(1).double())
+        sums[block.module].append(1 - cosine)
+
+    handles = [
+        model.get_submodule(block.module).register_forward_hook(
+            lambda _, args, kwargs, output, block=block: note(block, args, kwargs, output), with_kwargs=True
+        )
+        for block in found
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch in batches:
+                args, kwargs = as_args(batch)
+                model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not all(sums.values()):
+        raise SlivoError("there are no batches to measure the influence of blocks on; give one at least")
+    return {name: max(0.0, float(torch.cat(values).mean())) for name, values in sums.items()}
+
+
+def _selected(found: Sequence[Block], only: Sequence[str], exclude: Sequence[str]) -> list[Block]:
+    names = [block.module for block in found]
+    for glob in (*only, *exclude):
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise SlivoError(f"{glob!r} matches no block; there are {', '.join(names[:8]) or 'none'}")
+    left = [
+        block
+        for block in found
+        if (not only or any(fnmatchcase(block.module, glob) for glob in only))
+        and not any(fnmatchcase(block.module, glob) for glob in exclude)
+    ]
+    if not left:
+        raise SlivoError(
+            "the model has no block that can be dropped: none of its entries of Sequential or ModuleList adds to what "
+            "passes through it, or all are excluded; prune widths instead"
+        )
+    return left
+
+
+def _without(model: nn.Module, dropped: Sequence[Block]) -> nn.Module:
+    return edits.apply(model, Drop(tuple(dropped)))
+
+
+def _check(model: nn.Module, dropped: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Run both, and compare what they give out."""
+    args, kwargs = as_args(example_inputs)
+    with evaluating(model), evaluating(dropped), torch.no_grad():
+        before, after = ([tuple(each.shape) for each in tensors_of(net(*args, **kwargs))] for net in (model, dropped))
+    if before != after:
+        raise ShapeError(f"without its blocks the model gives out {after}, not {before}; exclude the last ones")
