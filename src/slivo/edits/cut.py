@@ -12,7 +12,8 @@ from torch import nn
 from slivo.graph.capture import capture
 from slivo.graph.inputs import Call
 from slivo.graph.program import Program, Rewrite, build, imitate_inputs
-from slivo.graph.surgery import Attributes, Slices, perform_
+from slivo.graph.slicing import Slices
+from slivo.graph.surgery import Attributes, perform_
 
 
 @dataclass(frozen=True)
