@@ -11,6 +11,7 @@ import logging
 import re
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -47,14 +48,10 @@ def main(name: str, file: Path) -> None:
     row = Row(name)
     subject: list[Subject] = []
 
-    def build() -> None:
-        subject.append(make(name))
-        row.params = count_params(subject[0].model)
-        row.macs = count_macs(subject[0].model, subject[0].inputs)
-
-    attempt(row, "build", build, file)
+    attempt(row, "build", lambda: subject.append(make(name)), file)
     if not subject:
         return
+    attempt(row, "count", lambda: count(row, subject[0]), file)
     attempt(row, "trace", lambda: find_axes(row, subject[0]), file)
     if subject[0].graph is not None:
         attempt(row, "prune", lambda: cut_half(row, subject[0]), file)
@@ -82,7 +79,7 @@ def attempt(row: Row, step: str, action: Callable[[], None], file: Path) -> None
     try:
         action()
     except Exception as error:
-        row.failures[step] = f"{type(error).__name__}: {short(error)}"
+        row.failures[step] = f"{type(error).__name__}: {short(error)} ({place(error)})"
     row.steps[step] = time.process_time() - start
     write(row, file)
 
@@ -90,6 +87,13 @@ def attempt(row: Row, step: str, action: Callable[[], None], file: Path) -> None
 def short(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else ""
+
+
+def place(error: Exception) -> str:
+    """Say where an error comes from: the last line of slivo's on its way, or the last of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((each for each in reversed(frames) if "slivo" in Path(each.filename).parts), frames[-1])
+    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def write(row: Row, file: Path) -> None:
@@ -120,6 +124,11 @@ def enliven_(model: nn.Module) -> None:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean.normal_(0, 0.1)
                 module.running_var.uniform_(0.5, 1.5)
+
+
+def count(row: Row, subject: Subject) -> None:
+    row.params = count_params(subject.model)
+    row.macs = count_macs(subject.model, subject.inputs)
 
 
 def find_axes(row: Row, subject: Subject) -> None:
@@ -165,7 +174,8 @@ def forward(row: Row, subject: Subject) -> None:
     if not row.interface:
         shapes = [[tuple(each.shape) for each in outputs] for outputs in (before, after)]
         row.failures["interface"] = f"outputs were {shapes[0]} and are {shapes[1]}"
-    row.macs_kept = count_macs(cut, subject.inputs) / max(1, row.macs or 1)
+    if row.macs:
+        row.macs_kept = count_macs(cut, subject.inputs) / row.macs
 
 
 def backward(row: Row, subject: Subject) -> None:

@@ -153,6 +153,7 @@ def limited(task: Task, name: str, file: Path, memory: float) -> None:
     """Run a task in this process, with a limit on its memory and without a word on the terminal."""
     limit = int(memory * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    tempfile.tempdir = str(file.parent)  # so that what a killed process leaves is removed
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.dup2(nowhere, sys.stderr.fileno())
