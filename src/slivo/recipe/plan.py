@@ -111,7 +111,7 @@ def _lay(found: list[Step | _Cut], stage: Stage, path: Path, suffix: str, piece:
         first = Piece(stage.layers, 0, len(found))
         for number in range(first.count):
             for index, inner in enumerate(stage.layers.stages):
-                of = f", part {number + 1}/{first.count}"
+                of = f"{suffix}, part {number + 1}/{first.count}"
                 _lay(found, inner, (*path, kind, "stages", index), of, replace(first, index=number))
     elif isinstance(part, Prune):
         # The parts of one network have one goal; anything else that prunes is a stage of its own.
