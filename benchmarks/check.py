@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -237,14 +238,16 @@ def kind(subject: Subject) -> str:
     nodes = subject.graph.inference.capture.graph.graph.nodes
     if any(is_attention(node) for node in nodes):
         return "transformer"
-    return "cnn" if any(sees_neighbors(module) for module in subject.model.modules()) else "other"
+    return "cnn" if any(sees_neighbors(node) for node in nodes) else "other"
 
 
-def sees_neighbors(module: nn.Module) -> bool:
-    """Tell whether a module is a convolution whose windows overlap; others cut patches, or look at points alone."""
-    if not isinstance(module, nn.modules.conv._ConvNd):
-        return type(module).__name__ == "Conv2D"  # that of Keras
-    return any(kernel > stride for kernel, stride in zip(module.kernel_size, module.stride, strict=True))
+def sees_neighbors(node: fx.Node) -> bool:
+    """Tell whether a node is a convolution whose windows overlap; others cut patches, or look at points alone."""
+    if node.op != "call_function" or "conv" not in str(node.target):
+        return False
+    window = node.args[1].meta["val"].shape[2:]
+    stride = node.args[3] if len(node.args) > 3 else [1]
+    return any(size > step for size, step in zip(window, cycle(stride), strict=False))
 
 
 def is_attention(node: fx.Node) -> bool:
