@@ -197,9 +197,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     variables = {names[axis]: axis for axis in members}
     return Graph(
         axes=axes,
-        ties=tuple(
-            tie for tie in (frozenset(names[axis] for axis in tie if axis in names) for tie in ties) if len(tie) > 1
-        ),
+        ties=_named(ties, names),
         macs=sum(cost.constant * prod(term.size for term in cost.terms) for cost in inference.costs) // batch,
         params=sum(parameter.numel() for parameter in model.parameters()),
         unknown_ops=dict(inference.unknown),
@@ -207,6 +205,12 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
         inference=inference,
         batch=batch,
     )
+
+
+def _named(ties: Iterable[frozenset[Var]], names: Mapping[Var, str]) -> tuple[frozenset[str], ...]:
+    """Name the axes of ties; those that have no members need no size."""
+    named = (frozenset(names[axis] for axis in tie if axis in names) for tie in ties)
+    return tuple(tie for tie in named if len(tie) > 1)
 
 
 def _learn_from_training(model: nn.Module, example_inputs: ExampleInputs, inference: Inference) -> None:

@@ -49,7 +49,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
     """
     args, kwargs = as_args(example_inputs)
     real, refused = not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]), False
-    with evaluating(model, training=training), torch.no_grad(), _quiet():
+    with evaluating(model, training=training), torch.no_grad(), quiet():
         given, args, kwargs = (model, args, kwargs) if real else _imagined(model, args, kwargs)
         # Tensors that the code makes are on the CPU too then, whatever the default device is.
         with nullcontext() if real else torch.device("cpu"):
@@ -92,7 +92,7 @@ def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep PyTorch's warnings, and the tracebacks that it logs of what it then raises, from the user."""
 
     def silent(_: logging.LogRecord) -> bool:

@@ -358,4 +358,7 @@ def positions(term: Term) -> dict[Var, NDArray[np.int64]]:
                 low = np.arange(inner, dtype=np.int64)[None, None, None, :]
                 spread = high + rows[:, None, :, None] * inner + low
                 found.setdefault(axis, []).append(spread.reshape(axis.size, -1))
-    return {axis: np.sort(np.concatenate(rows, axis=1), axis=1) for axis, rows in found.items()}
+    return {
+        axis: rows[0] if len(rows) == 1 else np.sort(np.concatenate(rows, axis=1), axis=1)
+        for axis, rows in found.items()
+    }

@@ -19,6 +19,7 @@ from slivo.graph.inputs import ExampleInputs, as_args
 from slivo.graph.mend import changed, mend_
 from slivo.graph.parts import calls, describe, plan_part
 from slivo.graph.program import Program, build, describe_inputs, plan_rewrites, tensors_of
+from slivo.graph.search import Trial
 from slivo.graph.surgery import perform_, plan_attributes, plan_slices
 
 _log = logging.getLogger("slivo")
@@ -63,20 +64,24 @@ def settle(
         live,
         graph,
         keep,
-        lambda changed: _agree(_run(changed, args, kwargs), expected),
+        Trial(lambda changed: _run(changed, args, kwargs), lambda found: _agree(found, expected)),
         _parts(model, graph, keep, args, kwargs),
     )
     if settings is not None:
         for module, attribute, value in settings:
             attributes.setdefault(module, {})[attribute] = value
         return attributes, None
+    _warn(model, graph, keep)
+    return {}, Program(describe_inputs(example_inputs), tuple(plan_rewrites(graph, keep, any_batch=True)))
+
+
+def _warn(model: nn.Module, graph: Graph, keep: Mapping[str, Sequence[int]]) -> None:
     places = sorted({each.module or type(model).__name__ for each, _ in changed(graph, keep)})
     _log.warning(
         "the code of %s holds sizes that cannot be mended (a number in forward?): the cut model is the captured graph "
         "instead of the module; it runs and trains, with batch statistics frozen",
         ", ".join(places) or type(model).__name__,
     )
-    return {}, Program(describe_inputs(example_inputs), tuple(plan_rewrites(graph, keep, any_batch=True)))
 
 
 def _parts(

@@ -7,13 +7,20 @@ whose code holds sizes is replaced by its own graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.overrides import TorchFunctionMode
 
+from slivo.graph.capture import quiet
 from slivo.graph.parts import FORWARD, put_
 
 Setting = tuple[str, str, Any]
@@ -22,14 +29,28 @@ Setting = tuple[str, str, Any]
 Choices = dict[tuple[str, str], list[Any]]
 """For attributes of modules the values that they may have to take, in the order in which the code uses them."""
 
-Trial = Callable[[nn.Module], bool]
-"""Runs a model and tells whether what it gives out is right."""
-
-_MOST_RUNS = 600
+_MOST_RUNS = 400
 """Runs after which a search gives up; most end at their first wrong size."""
 
-_MOST_PASSED = 32
+_MOST_PASSED = 8
 """Of the attributes of modules that a run got through, how many are tried."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How a model is tried.
+
+    Args:
+        run: Runs a model; returns what it gives out, or the exception it raises.
+        right: Tells whether that is right.
+    """
+
+    run: Callable[[nn.Module], Sequence[Tensor] | Exception]
+    right: Callable[[Sequence[Tensor] | Exception], bool]
+
+    def __call__(self, model: nn.Module) -> bool:
+        """Run a model and tell whether it is right."""
+        return self.right(self.run(model))
 
 
 class _Progress(TorchFunctionMode):
@@ -80,6 +101,7 @@ class Search:
     done: dict[tuple[str, str], Any] = field(default_factory=dict)
     runs: int = 0
     progress: _Progress = field(default_factory=_Progress)
+    shapes: FakeTensorMode | None = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
     def run(self) -> list[Setting] | None:
         """Return what has to be set, or None if nothing makes the model right."""
@@ -93,16 +115,25 @@ class Search:
         return [(*place, value) for place, value in self.done.items()] if reached == inf else None
 
     def _attempt(self) -> float:
-        """Run the model; return how far it came, infinitely far if it is right."""
+        """Run the model; return how far it came, infinitely far if it is right.
+
+        It is run on shapes alone first, which is quick, as long as its code asks for no values.
+        """
         self.runs += 1
-        self.progress.count, self.progress.stack, self.progress.passed = 0, [], []
-        with self.progress:
-            return inf if self.trial(self.live) else self.progress.count
+        for shapes in (self.shapes, None):
+            self.progress.count, self.progress.stack, self.progress.passed = 0, [], []
+            with quiet(), shapes or nullcontext(), self.progress:
+                found = self.trial.run(self.live)
+            if isinstance(found, DynamicOutputShapeException | DataDependentOutputException):
+                self.shapes = None
+            elif isinstance(found, Exception):
+                return self.progress.count
+        return inf if self.trial.right(found) else self.progress.count
 
     def _set(self, reached: float, stack: Sequence[str], passed: Sequence[str]) -> bool:
         """Set the attribute with which the model runs furthest, and the same one of modules alike."""
         for choices in self.choices:
-            best, furthest = None, reached
+            best, furthest, through = None, reached, False
             for place in _near(choices, stack, passed, self.done):
                 before = getattr(self.live.get_submodule(place[0]), place[1])
                 for value in choices[place]:
@@ -110,7 +141,10 @@ class Search:
                     got = self._attempt()
                     if got > furthest:
                         best, furthest = (*place, value), got
+                        through = bool(stack) and stack[-1] not in self.progress.stack
                 set_(self.live, [(*place, before)])
+                if through:
+                    break  # the module that was in the way is passed
             if best is not None:
                 for setting in _alike(self.live, choices, best, self.done):
                     self.done[setting[:2]] = setting[2]
