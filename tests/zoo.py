@@ -539,16 +539,16 @@ class Coupled(nn.Module):
 
 
 class Split(nn.Module):
-    """Half of the channels, by an attribute of twice their number."""
+    """Half of the channels, by an attribute of twice their number; then two halves by a list of both."""
 
     def __init__(self):
         super().__init__()
-        self.width, self.window = 12, 2
+        self.width, self.window, self.sizes = 12, 2, (4, 4)
         self.expand, self.reduce = nn.Conv2d(8, 12, 1), nn.Conv2d(6, 8, 1)
 
     def forward(self, x):
         left, right = self.expand(x).split(self.width // 2, dim=1)
-        return self.reduce(left * right.sigmoid())
+        return torch.cat(self.reduce(left * right.sigmoid()).split(self.sizes, dim=1)[::-1], dim=1)
 
 
 @row(2, 3, 8, 8)

@@ -84,6 +84,7 @@ def _levels(
     """Attributes that hold a changed integer: of the modules whose code used it, then of those around them, and on."""
     levels: list[Choices] = []
     seen: dict[tuple[str, str], int] = {}
+    lists = _lists(literals)
     for literal, new in literals:
         old = argument(literal.node, literal.path)
         parts = literal.module.split(".") if literal.module else []
@@ -92,13 +93,26 @@ def _levels(
             name = ".".join(parts[: len(parts) - level])
             module = live.get_submodule(name)
             for attribute, value in () if isinstance(module, fx.GraphModule) else vars(module).items():
-                wanted = instead(value, old, new)
+                whole, after = lists.get((literal.node, literal.path[:-1]), (None, []))
+                same = type(value) in (tuple, list) and list(value) == whole
+                wanted = type(value)(after) if same else instead(value, old, new)
                 if wanted is None or attribute in _NEVER or seen.setdefault((name, attribute), level) < level:
                     continue
                 values = levels[level].setdefault((name, attribute), [])
                 if wanted not in values:
                     values.append(wanted)
     return levels
+
+
+def _lists(literals: Sequence[tuple[Literal, int]]) -> dict[tuple[fx.Node, tuple[int, ...]], tuple[Any, list[Any]]]:
+    """Return the lists of integers among arguments, as they are and with all changes, such as the sizes of a split."""
+    found: dict[tuple[fx.Node, tuple[int, ...]], tuple[Any, list[Any]]] = {}
+    for literal, new in literals:
+        if len(literal.path) > 1:
+            place = literal.node, literal.path[:-1]
+            whole = list(argument(*place))
+            found.setdefault(place, (whole, list(whole)))[1][literal.path[-1]] = new
+    return found
 
 
 _NEVER = frozenset({"training", "_version"})
