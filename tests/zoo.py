@@ -559,3 +559,17 @@ class Halves(nn.Module):
 
     def forward(self, x):
         return self.head(self.split(self.stem(x)).mean((2, 3)))
+
+
+@row(2, 5, 6)
+class SelfAttention(nn.Module):
+    """PyTorch's own attention, which looks whether its inputs are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head(x + self.attention(x, x, x, need_weights=False)[0])

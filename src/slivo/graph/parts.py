@@ -35,9 +35,11 @@ def plan_part(
     Returns:
         The module's captured graph, and how it is to be rewritten; None if it cannot be captured on its own.
     """
+    module = model.get_submodule(name)
     try:
-        captured = capture(model.get_submodule(name), call)
+        # As it is captured when the cut is made, when all that is known of its inputs is what they look like.
         inputs = describe_inputs(call)
+        captured = capture(module, _imitated(module, inputs))
     except SlivoError:
         return None
     names = canonical_names(model)
@@ -65,9 +67,12 @@ def program(data: Mapping[str, Any]) -> Program:
 def replace_(model: nn.Module, name: str, found: Program) -> None:
     """Put a module's program in its place; its tensors keep their names and are not cut yet."""
     module = model.get_submodule(name)
+    put_(model, name, build(capture(module, _imitated(module, found.inputs)), {}, found.rewrites))
+
+
+def _imitated(module: nn.Module, inputs: Any) -> Call:
     device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-    args, kwargs = imitate_inputs(found.inputs, device)
-    put_(model, name, build(capture(module, Call(args, kwargs)), {}, found.rewrites))
+    return Call(*imitate_inputs(inputs, device))
 
 
 def put_(model: nn.Module, name: str, graph: fx.GraphModule) -> None:
