@@ -279,3 +279,14 @@ def test_a_model_that_rejects_its_inputs_fails_in_one_line(tmp_path: Path) -> No
     assert out == ""
     assert len(err.splitlines()) == 1
     assert err.startswith("error: Net fails on the example inputs (float32[2, 5])")
+
+
+def test_threads_wait_without_spinning_unless_told_otherwise() -> None:
+    code = (
+        "import os, slivo.cli as c\ntry: c.main(['--version'])\nexcept SystemExit: print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    for given, expected in ((None, "passive"), ("active", "active")):
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,9 @@ Model = Annotated[
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; the entry point of the command ``slivo``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Threads that wait for one another by spinning take twenty times as long where others use the machine, too; read
+    # when PyTorch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Models and data of one's own are named by import; they are often in the folder one is in.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
