@@ -5,6 +5,20 @@ from slivo.prune.depth import drop, influence
 from slivo.prune.importance import importance
 from slivo.prune.plans import Plan
 from slivo.prune.schedule import steps
+from slivo.prune.vocabulary import keep_tokens
 from slivo.prune.width import cut, plan, prune, select
 
-__all__ = ["Budget", "Plan", "allocate", "cut", "drop", "importance", "influence", "plan", "prune", "select", "steps"]
+__all__ = [
+    "Budget",
+    "Plan",
+    "allocate",
+    "cut",
+    "drop",
+    "importance",
+    "influence",
+    "keep_tokens",
+    "plan",
+    "prune",
+    "select",
+    "steps",
+]
