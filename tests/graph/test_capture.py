@@ -73,6 +73,21 @@ def test_code_that_asks_for_values_takes_the_way_of_the_example(caplog):
     assert "asks for values" in caplog.text
 
 
+def test_code_that_the_example_does_not_reach_is_not_cut_away_from():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.yes, self.no = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.yes(x) if x.sum() > 0 else self.no(x)
+
+    graph = slivo.trace(Branch(), torch.randn(2, 4))
+    assert graph.prunable == ()
+    assert "do not reach all of the parameters" in graph["first out"].fixed
+
+
 def test_tied_weights_have_one_name():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight

@@ -17,8 +17,9 @@ def terms():
     leaf = st.sampled_from([*AXES, Var(7), var(1)])
     return st.recursive(
         leaf,
-        lambda inner: st.lists(inner, min_size=1, max_size=3).map(product)
-        | st.lists(inner, min_size=1, max_size=3).map(concat),
+        lambda inner: (
+            st.lists(inner, min_size=1, max_size=3).map(product) | st.lists(inner, min_size=1, max_size=3).map(concat)
+        ),
         max_leaves=6,
     )
 

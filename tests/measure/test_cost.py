@@ -21,6 +21,33 @@ def test_macs_and_params_are_those_of_the_graph(name):
     assert (found.macs, found.params) == (graph.macs, graph.params)
 
 
+def test_products_that_pytorch_does_not_count():
+    pair = torch.ones(5, 3), torch.ones(5, 4)
+    assert cost(nn.Bilinear(3, 4, 6), pair).macs == 3 * 4 * 6
+    experts = nn.Module()
+    experts.weight = nn.Parameter(torch.ones(2, 8, 16, dtype=torch.bfloat16))
+    experts.forward = lambda x: torch._grouped_mm(x, experts.weight, torch.tensor([3, 8], dtype=torch.int32))
+    assert cost(experts, torch.ones(8, 8, dtype=torch.bfloat16)).macs == 8 * 16
+
+
+def test_a_parameter_may_be_an_argument_of_a_module():
+    class Scale(nn.Module):
+        def forward(self, x, scale):
+            return x @ scale
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale = Scale(), nn.Parameter(torch.ones(3, 3))
+
+        def forward(self, x):
+            return self.inner(x, self.scale)
+
+    model = Outer()
+    assert cost(model, torch.ones(2, 3)).macs == 9
+    assert model.scale.requires_grad
+
+
 def test_formulas():
     assert cost(nn.Conv2d(4, 6, 3, groups=2), torch.ones(5, 4, 8, 8)).macs == 6 * 6 * 6 * 2 * 9
     assert cost(nn.LSTM(3, 4, batch_first=True), torch.ones(2, 7, 3)).macs == 7 * 4 * 4 * (3 + 4)

@@ -178,6 +178,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in inference.tensors}
     inference.parameters = tuple(parameters)
     inference.ties.extend(_shared_attributes(model, inference))
+    _freeze_unreached(inference, len(parameters) < sum(1 for _ in model.parameters()))
     ties = _ties(inference)
     members = _members(inference, parameters)
     names = _names(members, inference)
@@ -211,6 +212,14 @@ def _named(ties: Iterable[frozenset[Var]], names: Mapping[Var, str]) -> tuple[fr
     """Name the axes of ties; those that have no members need no size."""
     named = (frozenset(names[axis] for axis in tie if axis in names) for tie in ties)
     return tuple(tie for tie in named if len(tie) > 1)
+
+
+def _freeze_unreached(inference: Inference, unreached: bool) -> None:
+    """Forbid all cuts if there is code that the example did not reach, which may read anything; its parameters tell."""
+    if inference.capture.by_values and unreached:
+        for dims in inference.tensors.values():
+            for term in dims:
+                fix(term, "the code asks for values, and the example inputs do not reach all of the parameters")
 
 
 def _learn_from_training(model: nn.Module, example_inputs: ExampleInputs, inference: Inference) -> None:

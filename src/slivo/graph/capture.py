@@ -30,10 +30,12 @@ class Capture:
             gives out what the model gives out.
         tensors: For each node that fetches a parameter or buffer, the model's name of it. A tensor that has several
             names (tied weights) has one here, the first that the model lists.
+        by_values: Whether the code asks for values of tensors, so that the graph is only the way that the example took.
     """
 
     graph: fx.GraphModule
     tensors: dict[str, str]
+    by_values: bool = False
 
 
 def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False) -> Capture:
@@ -69,7 +71,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
     graph = fx.GraphModule(module, module.graph, type(model).__name__)
     first = canonical_names(model)
     fetched = {node.name: str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    return Capture(graph, {node: first[name] for node, name in fetched.items() if name in first})
+    return Capture(graph, {node: first[name] for node, name in fetched.items() if name in first}, refused)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -65,20 +66,48 @@ def count_params(model: nn.Module) -> int:
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:
     """Return the multiply-accumulates per sample; counted by operator, functional calls and attention included."""
     args, kwargs = as_args(example_inputs)
-    with evaluating(model), torch.no_grad(), _plain_kernels(), _counter() as counter:
+    with evaluating(model), torch.no_grad(), _plain_kernels(), _frozen(model), _counter() as counter:
         model(*args, **kwargs)
     return int(counter.get_total_flops()) // 2 // _batch_size((args, kwargs))
 
 
 def _counter() -> FlopCounterMode:
-    """Count what PyTorch's counter leaves out, too: products with vectors."""
-    vectors = (torch.ops.aten.mv, torch.ops.aten.dot, torch.ops.aten.vdot)
-    return FlopCounterMode(display=False, custom_mapping=dict.fromkeys(vectors, _vector_flops))
+    """Count what PyTorch's counter leaves out, too: products with vectors, of groups, and bilinear ones."""
+    aten, transformers = torch.ops.aten, torch.ops.transformers
+    formulas: dict[Any, Callable[..., int]] = dict.fromkeys((aten.mv, aten.dot, aten.vdot), _vector_flops)
+    formulas[aten._grouped_mm] = _grouped_flops
+    formulas[aten._trilinear] = _bilinear_flops
+    if hasattr(transformers, "grouped_mm_fallback"):
+        formulas[transformers.grouped_mm_fallback] = _grouped_flops
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def _vector_flops(left: torch.Size, right: torch.Size, *_: object, **__: object) -> int:
     del right
     return 2 * left.numel()
+
+
+def _grouped_flops(rows: torch.Size, matrices: torch.Size, *_: object, **__: object) -> int:
+    """Each row meets one of the matrices."""
+    return 2 * rows.numel() * matrices[-1]
+
+
+def _bilinear_flops(left: torch.Size, cube: torch.Size, *_: object, **__: object) -> int:
+    """Each pair of vectors meets the whole cube; `torch.nn.functional.bilinear` gives the vectors first."""
+    return 2 * left[:-1].numel() * cube.numel()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Have parameters want no gradient: the counter stumbles over those that are given to a module as arguments."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
 
 
 def size_bytes(model: nn.Module) -> int:
