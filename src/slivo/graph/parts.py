@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -44,11 +45,12 @@ def plan_part(
         return None
     names = canonical_names(model)
     known = {own: graph.inference.tensors.get(names[f"{name}.{own}"]) for own in captured.tensors.values()}
-    inference = Inference(
-        captured, tensors={own: dims for own, dims in known.items() if dims is not None}, boundary=False
-    )
+    tensors = {own: dims for own, dims in known.items() if dims is not None}
+    # Copies, because what is learned of the module on its own must not change what is known of the model.
+    tensors, variables = copy.deepcopy((tensors, [graph.variables[axis] for axis in keep]))
+    inference = Inference(captured, tensors=tensors, boundary=False)
     inference.run()
-    kept = {graph.variables[axis]: len(stays) for axis, stays in keep.items()}
+    kept = {variable: len(stays) for variable, stays in zip(variables, keep.values(), strict=True)}
     return captured, Program(inputs, tuple(rewrites(inference, kept, inputs_of(inference))))
 
 

@@ -71,8 +71,13 @@ def settle(
         for module, attribute, value in settings:
             attributes.setdefault(module, {})[attribute] = value
         return attributes, None
+    program = Program(describe_inputs(example_inputs), tuple(plan_rewrites(graph, keep, any_batch=True)))
+    found = _run(build(graph.inference.capture, slices, program.rewrites), args, kwargs)
+    if not _agree(found, expected):
+        reason = found if isinstance(found, Exception) else "it computes something else"
+        raise ShapeError(f"{type(model).__name__} cannot be cut so, its captured graph takes no other sizes: {reason}")
     _warn(model, graph, keep)
-    return {}, Program(describe_inputs(example_inputs), tuple(plan_rewrites(graph, keep, any_batch=True)))
+    return {}, program
 
 
 def _warn(model: nn.Module, graph: Graph, keep: Mapping[str, Sequence[int]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,9 @@ from torch import nn
 
 from slivo.errors import ShapeError
 from slivo.graph.axes import Graph
+from slivo.graph.capture import canonical_names
 from slivo.graph.dims import Term, Var, head, positions, size_after
+from slivo.graph.infer import Fact
 from slivo.graph.parts import FORWARD, program, replace_
 from slivo.graph.slicing import Slices, check, cut_, within
 
@@ -87,13 +89,23 @@ def plan_attributes(model: nn.Module, graph: Graph, keep: Mapping[str, Sequence[
     """
     kept: dict[Var, int] = {graph.variables[name]: len(stays) for name, stays in keep.items()}
     found: dict[str, dict[str, Any]] = {}
-    for fact in graph.inference.facts:
+    for fact in (*graph.inference.facts, *_embeddings(model, graph)):
         before = [term.size for term in fact.terms]
         after = [size_after(term, kept) for term in fact.terms]
         value = getattr(model.get_submodule(fact.module), fact.attribute, None)
         if before != after and (value == before[0] if isinstance(value, int) else _sizes(value) == before):
             found.setdefault(fact.module, {})[fact.attribute] = after[0] if isinstance(value, int) else after
     return found
+
+
+def _embeddings(model: nn.Module, graph: Graph) -> Iterator[Fact]:
+    """Yield what embeddings say of their weights, for those whose weight is read without a lookup that would tell."""
+    names = canonical_names(model)
+    for path, module in model.named_modules():
+        dims = graph.inference.tensors.get(names.get(f"{path}.weight", ""))
+        if isinstance(module, nn.Embedding) and dims is not None:
+            yield Fact(path, "num_embeddings", dims[:1])
+            yield Fact(path, "embedding_dim", dims[1:])
 
 
 def _sizes(value: object) -> list[int] | None:
