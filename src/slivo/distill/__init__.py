@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +17,7 @@ from slivo.distill.objective import Distillation, Term, distillation
 from slivo.distill.taps import tap
 from slivo.distill.teacher import doubt
 from slivo.errors import ArtifactError
+from slivo.graph.copies import duplicate
 from slivo.measure import quality
 from slivo.tasks import Task, forward, loader
 from slivo.train import Hook, OptimizerSpec, Precision, fit
@@ -98,10 +97,10 @@ def distill(
         >>> list(result.history[-1]["terms"])
         ['labels', 'kd']
     """
-    model = _copied(student)
+    model = duplicate(student)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if any(tensor.device != device for tensor in (*teacher.parameters(), *teacher.buffers())):
-        teacher = _copied(teacher).to(device)
+        teacher = duplicate(teacher).to(device)
     objective = distillation(
         teacher, partial(forward, task), task.loss, losses, label_weight=label_weight, class_map=class_map
     )
@@ -144,9 +143,3 @@ class _SameLesson(Hook):
                     f"the checkpoint belongs to another distillation ({name}: {value}, there {state.get(name)}); "
                     "remove it, or give another path"
                 )
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # copies of captured graphs warn of PyTorch's own code
-        return copy.deepcopy(model)

@@ -6,8 +6,6 @@ carries the edits that made it (`record`), so that saving needs nothing but the 
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -17,6 +15,7 @@ from slivo.edits.cut import Cut
 from slivo.edits.drop import Drop
 from slivo.edits.quantize import Quantize
 from slivo.errors import ArtifactError
+from slivo.graph.copies import duplicate
 
 __all__ = ["Cut", "Drop", "Edit", "Quantize", "apply", "from_json", "record", "replay", "to_json"]
 
@@ -76,10 +75,7 @@ def apply(model: nn.Module, edit: Edit) -> nn.Module:
         >>> record(small) == (cut,)
         True
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # copies of captured graphs warn of PyTorch's own code
-        new = copy.deepcopy(model)
-    return replay(new, (edit,))
+    return replay(duplicate(model), (edit,))
 
 
 def replay(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:

@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch import config as _functorch_config
+from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -67,11 +69,27 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
         )
     if not real:
         _put_tensors_(module, model)
+    _name_constants_(module)
     # Made anew, because an exported module refuses to be put into training or evaluation mode.
     graph = fx.GraphModule(module, module.graph, type(model).__name__)
     first = canonical_names(model)
     fetched = {node.name: str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
     return Capture(graph, {node: first[name] for node, name in fetched.items() if name in first}, refused)
+
+
+def _name_constants_(module: nn.Module) -> None:
+    """Fetch by name what the code reached past the modules, as in Keras, so that export took it for constants."""
+    graph: fx.Graph = module.graph  # type: ignore[assignment]
+    named = {_storage(tensor): name for name, tensor in module.named_parameters()}
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith("lifted_tensor"):
+            constant = getattr(module, str(node.target))
+            if constant.numel() and not constant.is_meta:
+                node.target = named.get(_storage(constant), node.target)
+
+
+def _storage(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -166,10 +184,25 @@ def _with_values(
         fake_tensor_propagate_real_tensors=True, generate_fake_kernels_from_real_mismatches=True
     )
     try:
-        with values:
+        with values, _values_of_parameters():
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception:
         raise _explain(model, args, kwargs, refused) from refused
+
+
+@contextmanager
+def _values_of_parameters() -> Iterator[None]:
+    """Have PyTorch take over the values of parameters, too: it copies those of plain tensors alone (2.6 to 2.13).
+
+    Without their values, code that asks for any that depends on them would take a way by chance.
+    """
+    plain = meta_utils._safe_copy
+
+    def copied(target: Tensor, source: Tensor | None) -> None:
+        plain(target, source.data if type(source) is nn.Parameter else source)
+
+    with patch.object(meta_utils, "_safe_copy", copied):
+        yield
 
 
 def _explain(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], error: Exception) -> CaptureError:

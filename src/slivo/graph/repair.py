@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, fx, nn
 from slivo.errors import ShapeError
 from slivo.graph.axes import Graph
 from slivo.graph.capture import canonical_names, evaluating
+from slivo.graph.copies import duplicate
 from slivo.graph.inputs import ExampleInputs, as_args
 from slivo.graph.mend import changed, mend_
 from slivo.graph.parts import calls, describe, plan_part
@@ -50,9 +49,7 @@ def settle(
     attributes = plan_attributes(model, graph, keep)
     args, kwargs = as_args(example_inputs)
     expected = _run(build(graph.inference.capture, slices, plan_rewrites(graph, keep, any_batch=False)), args, kwargs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # copies of captured graphs warn of PyTorch's own code
-        live = copy.deepcopy(model, {id(each): each for each in model.parameters()})  # a cut makes parameters anew
+    live = duplicate(model, share=True)  # a cut makes parameters anew
     perform_(live, slices, attributes)
     if isinstance(expected, Exception):
         # The graph's own sizes are not all known; the live model may know better.

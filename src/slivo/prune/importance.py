@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from slivo.errors import SlivoError
 from slivo.graph import Axis, Graph, Member
 from slivo.graph.capture import evaluating
+from slivo.graph.copies import duplicate
 from slivo.prune.criteria import Criterion
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -75,7 +75,7 @@ def _passes(
     if batches is None or loss is None:
         raise SlivoError(f"criterion {criterion.name!r} needs gradients: give batches=… and loss=…")
     # A copy, because parameters may be frozen and gradients may be in use.
-    twin = copy.deepcopy(model).requires_grad_(True)
+    twin = duplicate(model).requires_grad_(True)
     weights = dict(twin.named_parameters(remove_duplicate=False))
     used = sorted({member.tensor for chosen in members.values() for member in chosen})
     with evaluating(twin):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import nn
 
 from slivo import artifact, edits
 from slivo.errors import ArtifactError, SlivoError
+from slivo.graph.copies import duplicate
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def named(reference: str, args: Mapping[str, Any]) -> Origin:
 
 def live(model: nn.Module) -> Origin:
     """Return the origin of a network that is at hand."""
-    return Origin(lambda: copy.deepcopy(model), base=None if edits.record(model) else lambda: copy.deepcopy(model))
+    return Origin(lambda: duplicate(model), base=None if edits.record(model) else lambda: duplicate(model))
 
 
 def made(origin: Origin, seed: int) -> nn.Module:

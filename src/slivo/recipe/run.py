@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import platform
 import shutil
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 import slivo
 from slivo.errors import ArtifactError, SlivoError
+from slivo.graph.copies import duplicate
 from slivo.recipe import folder as files
 from slivo.recipe import result
 from slivo.recipe.load import Loaded
@@ -164,7 +163,10 @@ class _Run:
             self.teacher = made(self.job.teacher, self.job.seed)
             return None
         if self.student is None:
-            self.student = _copied(self.teacher) if self.job.student is None else made(self.job.student, self.job.seed)
+            assert self.teacher is not None
+            self.student = (
+                duplicate(self.teacher) if self.job.student is None else made(self.job.student, self.job.seed)
+            )
         stages = self.book["stages"]
         first = index == 1 and self.job.student is not None
         found: dict[str, Any] = measured(self.student, self.job.task) if first else stages[-1]["after"]
@@ -310,13 +312,6 @@ def _warnings() -> Iterator[list[str]]:
 
 def _row(index: int, step: Step, row: Mapping[str, Any]) -> dict[str, Any]:
     return {"stage": index, "label": step.label, **row}
-
-
-def _copied(model: nn.Module | None) -> nn.Module:
-    assert model is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # copies of captured graphs warn of PyTorch's own code
-        return copy.deepcopy(model)
 
 
 def _machine() -> dict[str, Any]:

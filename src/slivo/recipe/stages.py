@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
@@ -19,6 +18,7 @@ from slivo.distill import distill
 from slivo.errors import SlivoError
 from slivo.export import onnx
 from slivo.graph import trace
+from slivo.graph.copies import duplicate
 from slivo.measure import cost, quality
 from slivo.prune import Budget, criteria, prune, select
 from slivo.quantize import quantize
@@ -179,7 +179,7 @@ def run_finetune(work: Work, step: Step) -> Outcome:
     """Train the student by labels alone."""
     part = step.part
     assert isinstance(part, Fit)
-    student = copy.deepcopy(work.student)
+    student = duplicate(work.student)
     return Outcome(student, {"epochs": part.epochs}, _fit(work, step, student, part, scratch=False))
 
 
