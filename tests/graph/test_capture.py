@@ -73,33 +73,27 @@ def test_code_that_asks_for_values_takes_the_way_of_the_example(caplog):
     assert "asks for values" in caplog.text
 
 
+class Fork(nn.Module):
+    """One of two layers, by the sign of what the first one gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.yes, self.no = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.yes(x) if x.sum() > 0 else self.no(x)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_way_of_the_example_is_taken_and_no_other(seed):
-    class Branch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.yes, self.no = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
-
-        def forward(self, x):
-            x = self.first(x)
-            return self.yes(x) if x.sum() > 0 else self.no(x)
-
     torch.manual_seed(seed)
-    model, x = Branch().eval(), torch.randn(2, 4)
+    model, x = Fork().eval(), torch.randn(2, 4)
     assert torch.equal(capture(model, x).graph(x), model(x))
 
 
 def test_code_that_the_example_does_not_reach_is_not_cut_away_from():
-    class Branch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.yes, self.no = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
-
-        def forward(self, x):
-            x = self.first(x)
-            return self.yes(x) if x.sum() > 0 else self.no(x)
-
-    graph = slivo.trace(Branch(), torch.randn(2, 4))
+    graph = slivo.trace(Fork(), torch.randn(2, 4))
     assert graph.prunable == ()
     assert "do not reach all of the parameters" in graph["first out"].fixed
 
