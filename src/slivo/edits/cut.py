@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from slivo.graph.capture import capture
+from slivo.graph.config import set_config_
 from slivo.graph.inputs import Call
 from slivo.graph.program import Program, Rewrite, build, imitate_inputs
 from slivo.graph.slicing import Slices
@@ -27,6 +28,7 @@ class Cut:
             later plans, not needed to replay.
         program: How to make the captured graph that takes the model's place, where the model's own code cannot be
             cut; None where it can.
+        config: Integers of the model's configuration to set, so that it describes the model after the cut.
 
     Example:
         >>> Cut.from_json(Cut(slices={"w": {0: [0, 1, 2, 5]}}).to_json()).slices
@@ -39,6 +41,7 @@ class Cut:
     attributes: Attributes = field(default_factory=dict)
     axes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     program: Program | None = None
+    config: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data; index lists are stored once each and runs of indices as [start, stop) pairs."""
@@ -55,6 +58,7 @@ class Cut:
             "attributes": {module: dict(values) for module, values in self.attributes.items()},
             "axes": axes,
             "program": None if self.program is None else asdict(self.program),
+            "config": dict(self.config),
         }
 
     @classmethod
@@ -66,12 +70,14 @@ class Cut:
             attributes={module: dict(values) for module, values in data["attributes"].items()},
             axes={name: lists[n] for name, n in data["axes"].items()},
             program=_program(data.get("program")),
+            config=dict(data.get("config", {})),
         )
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Cut the model in place; with a program, return that."""
         if self.program is None:
             perform_(model, self.slices, self.attributes)
+            set_config_(model, self.config)
             return model
         device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
         args, kwargs = imitate_inputs(self.program.inputs, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from slivo import edits
 from slivo.errors import SlivoError
 from slivo.graph import Axis, Graph, plan_slices, settle, trace
+from slivo.graph.config import plan_config
 from slivo.graph.inputs import ExampleInputs
 from slivo.prune import criteria
 from slivo.prune.budget import Budget, Scope, allocate
@@ -137,7 +139,10 @@ def cut(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, graph: G
     kept = plan.fit(graph)
     slices = plan_slices(graph, kept)
     attributes, program = settle(model, graph, example_inputs, kept)
-    return edits.apply(model, edits.Cut(slices, attributes, kept, program))
+    edit = edits.Cut(slices, attributes, kept, program)
+    small = edits.apply(model, edit)
+    config = plan_config(model, small)
+    return edits.apply(model, replace(edit, config=config)) if config else small
 
 
 def select(graph: Graph, *, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Axis]:
