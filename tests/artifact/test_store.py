@@ -90,6 +90,27 @@ def test_another_dtype_is_told(tmp_path):
         slivo.load(folder, factory=lambda: make().double())
 
 
+class Caching(nn.Module):
+    """Keeps what it computed in the last run out of its checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache = torch.arange(len(x))[:, None]
+        return self.linear(x) + self.cache
+
+
+def test_a_cache_may_have_any_shape(tmp_path):
+    model = Caching()
+    model(torch.randn(3, 2))
+    again = slivo.load(slivo.save(model, tmp_path / "m"), factory=Caching)
+    assert torch.equal(again.cache, torch.arange(3)[:, None])
+    assert "cache" not in again.state_dict()
+
+
 def test_missing_and_extra_tensors_are_named(tmp_path):
     folder = slivo.save(nn.Sequential(nn.Linear(2, 2, bias=False)), tmp_path / "m")
     with pytest.raises(ArtifactError, match=r"no tensor .0\.bias"):

@@ -34,6 +34,26 @@ def test_parts_are_replaced_where_no_attribute_helps():
     assert error(outputs(again.eval(), inputs), outputs(small.eval(), inputs)) == 0
 
 
+def test_parts_keep_what_is_shared_and_what_is_not_stored():
+    """A module that stands in a replaced part and elsewhere says its new size; a cache stays out of checkpoints."""
+    model, inputs = build("Keeping")
+    small = slivo.prune(model, inputs, keep=slivo.Budget(params=0.6), scope="uniform")
+    assert all(isinstance(block, fx.GraphModule) for block in small.blocks)
+    assert small.conv.weight is small.blocks[0].conv.weight
+    assert small.conv.groups == small.conv.out_channels == len(small.conv.weight) < 16
+    constants = {"blocks.0.lifted_tensor_0", "blocks.1.lifted_tensor_0"}  # which the blocks' code makes
+    assert set(small.state_dict()) == set(model.state_dict()) | constants
+
+
+def test_a_search_leaves_no_tensors_without_values():
+    """It runs on shapes alone, and what this model keeps of a run would be one."""
+    model, inputs = build("Keeping")
+    before = outputs(model, inputs)
+    small = slivo.prune(model, inputs, keep=slivo.Budget(params=0.6), scope="uniform")
+    assert not any(tensor.is_meta for each in (model, small) for tensor in each.buffers())
+    assert error(outputs(model, inputs), before) == 0
+
+
 def test_parts_can_be_cut_again():
     model, inputs = build("Coupled")
     small = slivo.prune(model, inputs, keep=slivo.Budget(params=0.7), scope="uniform")

@@ -240,7 +240,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: Mapping[str, str],
         if source not in tensors:
             raise ArtifactError(f"{path} has no tensor {name!r}, which the factory's model has")
         value = tensors[source]
-        if value.shape != old.shape or value.dtype != old.dtype:
+        owner, _, attribute = name.rpartition(".")
+        cache = attribute in modules[owner]._non_persistent_buffers_set  # a run may have left any shape there
+        if (value.shape != old.shape or value.dtype != old.dtype) and not cache:
             raise ArtifactError(
                 f"{path}: {name} is {value.dtype} {list(value.shape)}; the factory's model has {old.dtype} "
                 f"{list(old.shape)}"
@@ -250,7 +252,6 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: Mapping[str, str],
             # differently there: outputs would not be bit-identical.
             value = value.clone()
             new[source] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
-        owner, _, attribute = name.rpartition(".")
         kind = "_parameters" if isinstance(old, nn.Parameter) else "_buffers"
         getattr(modules[owner], kind)[attribute] = new[source]
     extra = set(tensors) - set(new)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from slivo.errors import CaptureError
+from slivo.graph.copies import keep_persistence_
 from slivo.graph.inputs import ExampleInputs, as_args
 
 _log = logging.getLogger("slivo")
@@ -68,10 +69,11 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
             type(model).__name__,
         )
     if not real:
-        _put_tensors_(module, model)
+        put_tensors_(module, model)
     _name_constants_(module)
     # Made anew, because an exported module refuses to be put into training or evaluation mode.
     graph = fx.GraphModule(module, module.graph, type(model).__name__)
+    keep_persistence_(graph, model)
     first = canonical_names(model)
     fetched = {node.name: str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
     return Capture(graph, {node: first[name] for node, name in fetched.items() if name in first}, refused)
@@ -163,7 +165,7 @@ def _imagined(
     return copied, args, kwargs
 
 
-def _put_tensors_(graph: nn.Module, model: nn.Module) -> None:
+def put_tensors_(graph: nn.Module, model: nn.Module) -> None:
     """Give a captured graph the tensors of a model in place of those of the same names."""
     owners = dict(model.named_modules(remove_duplicate=False))
     for path, module in graph.named_modules(remove_duplicate=False):

@@ -27,6 +27,7 @@ def duplicate(model: Model, *, share: bool = False) -> Model:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # copies of captured graphs warn of PyTorch's own code
         new = copy.deepcopy(model, memo)
+    keep_persistence_(new, model)
     # Keras copies a model by its description, and counts names on.
     for old, made in zip(model.modules(), new.modules(), strict=False):
         for held in ("_parameters", "_buffers"):
@@ -36,3 +37,12 @@ def duplicate(model: Model, *, share: bool = False) -> Model:
                 tensors.clear()
                 tensors.update(zip(names, values, strict=True))
     return new
+
+
+def keep_persistence_(new: nn.Module, old: nn.Module) -> None:
+    """Have a module's buffers be persistent where another's of the same names are; copies of graphs forget it."""
+    modules = dict(new.named_modules(remove_duplicate=False))
+    for path, module in old.named_modules(remove_duplicate=False):
+        if path in modules:
+            held = modules[path]._non_persistent_buffers_set
+            held |= module._non_persistent_buffers_set & modules[path]._buffers.keys()

@@ -12,10 +12,11 @@ from torch import fx, nn
 
 from slivo.errors import SlivoError
 from slivo.graph.axes import Graph
-from slivo.graph.capture import Capture, canonical_names, capture, evaluating
+from slivo.graph.capture import Capture, canonical_names, evaluating
 from slivo.graph.infer import Inference
 from slivo.graph.inputs import Call
 from slivo.graph.program import Program, Rewrite, build, describe_inputs, imitate_inputs, inputs_of, rewrites
+from slivo.graph.twins import capture_once
 
 FORWARD = "forward"
 """The attribute by which a module is given a program; its value is what `describe` returns."""
@@ -34,13 +35,14 @@ def plan_part(
         call: What the model calls it with.
 
     Returns:
-        The module's captured graph, and how it is to be rewritten; None if it cannot be captured on its own.
+        The captured graph of the module or of one that is alike, and how it is to be rewritten; None if it cannot be
+        captured on its own.
     """
     module = model.get_submodule(name)
     try:
         # As it is captured when the cut is made, when all that is known of its inputs is what they look like.
         inputs = describe_inputs(call)
-        captured = capture(module, _imitated(module, inputs))
+        captured = capture_once(module, _imitated(module, inputs), inputs)
     except SlivoError:
         return None
     names = canonical_names(model)
@@ -69,7 +71,8 @@ def program(data: Mapping[str, Any]) -> Program:
 def replace_(model: nn.Module, name: str, found: Program) -> None:
     """Put a module's program in its place; its tensors keep their names and are not cut yet."""
     module = model.get_submodule(name)
-    put_(model, name, build(capture(module, _imitated(module, found.inputs)), {}, found.rewrites))
+    captured = capture_once(module, _imitated(module, found.inputs), found.inputs)
+    put_(model, name, build(captured, {}, found.rewrites, module))
 
 
 def _imitated(module: nn.Module, inputs: Any) -> Call:

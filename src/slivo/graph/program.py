@@ -17,12 +17,13 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from slivo.errors import SlivoError
 from slivo.graph.axes import Graph
-from slivo.graph.capture import Capture
+from slivo.graph.capture import Capture, put_tensors_
+from slivo.graph.copies import keep_persistence_
 from slivo.graph.dims import Prod, Var, head, size_after
 from slivo.graph.infer import Inference
 from slivo.graph.inputs import ExampleInputs, as_args
@@ -135,13 +136,16 @@ def argument(node: fx.Node, path: Sequence[int]) -> Any:
     return found
 
 
-def build(capture: Capture, slices: Slices, changes: Iterable[Rewrite]) -> fx.GraphModule:
+def build(
+    capture: Capture, slices: Slices, changes: Iterable[Rewrite], owner: nn.Module | None = None
+) -> fx.GraphModule:
     """Return a copy of a captured graph with slices cut out and integers rewritten.
 
     Args:
         capture: The captured model; it is left as it was.
         slices: What stays of which tensor, by the model's names.
         changes: The new integers.
+        owner: Whose tensors the copy takes, of the captured model's names and shapes; None for the captured model's.
 
     Returns:
         A module that is called as the model is, and shares the parameters that are not cut. It evaluates: dropout and
@@ -150,6 +154,9 @@ def build(capture: Capture, slices: Slices, changes: Iterable[Rewrite]) -> fx.Gr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the copy of PyTorch's own tree specifications warns
         new = copy.deepcopy(capture.graph, {id(each): each for each in capture.graph.parameters()})
+    keep_persistence_(new, capture.graph)
+    if owner is not None:
+        put_tensors_(new, owner)
     own = {capture.tensors[node.name]: str(node.target) for node in new.graph.nodes if node.name in capture.tensors}
     cut_(new, {own[name]: dims for name, dims in slices.items() if name in own})
     blocks = _blocks(new)

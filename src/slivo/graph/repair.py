@@ -61,7 +61,7 @@ def settle(
         live,
         graph,
         keep,
-        Trial(lambda changed: _run(changed, args, kwargs), lambda found: _agree(found, expected)),
+        Trial(lambda changed: _run(changed, args, kwargs), lambda found: _agree(found, expected), model),
         _parts(model, graph, keep, args, kwargs),
     )
     if settings is not None:
@@ -103,7 +103,7 @@ def _parts(
             return None
         captured, program = found
         own = {each: slices.get(names[f"{name}.{each}"], {}) for each in captured.tensors.values()}
-        return describe(program), build(captured, own, program.rewrites)
+        return describe(program), build(captured, own, program.rewrites, model.get_submodule(name))
 
     return part
 

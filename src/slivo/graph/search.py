@@ -12,15 +12,12 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 from torch.overrides import TorchFunctionMode
 
 from slivo.graph.capture import quiet
+from slivo.graph.copies import duplicate
 from slivo.graph.parts import FORWARD, put_
 
 Setting = tuple[str, str, Any]
@@ -43,14 +40,33 @@ class Trial:
     Args:
         run: Runs a model; returns what it gives out, or the exception it raises.
         right: Tells whether that is right.
+        uncut: The model before the cut.
     """
 
     run: Callable[[nn.Module], Sequence[Tensor] | Exception]
     right: Callable[[Sequence[Tensor] | Exception], bool]
+    uncut: nn.Module
 
     def __call__(self, model: nn.Module) -> bool:
         """Run a model and tell whether it is right."""
         return self.right(self.run(model))
+
+
+class _OnMeta(TorchFunctionMode):
+    """Has every tensor that an operator is given, or makes, on the meta device: a run on shapes alone."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = {name: "meta" if name == "device" else _on_meta(value) for name, value in (kwargs or {}).items()}
+        with torch.device("meta"):  # for what makes tensors and says nothing of a device
+            return function(*_on_meta(args), **named)
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.is_meta else value.to("meta")
+    if isinstance(value, torch.device):
+        return torch.device("meta")
+    return type(value)(map(_on_meta, value)) if type(value) in (tuple, list) else value
 
 
 class _Progress(TorchFunctionMode):
@@ -101,10 +117,11 @@ class Search:
     done: dict[tuple[str, str], Any] = field(default_factory=dict)
     runs: int = 0
     progress: _Progress = field(default_factory=_Progress)
-    shapes: FakeTensorMode | None = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    shapes: bool = True
 
     def run(self) -> list[Setting] | None:
         """Return what has to be set, or None if nothing makes the model right."""
+        self.shapes = self._runs_on_shapes(duplicate(self.trial.uncut, share=True))
         self.progress.watch(self.live)
         reached = self._attempt()
         while reached < inf and self.runs < _MOST_RUNS:
@@ -117,18 +134,27 @@ class Search:
     def _attempt(self) -> float:
         """Run the model; return how far it came, infinitely far if it is right.
 
-        It is run on shapes alone first, which is quick, as long as its code asks for no values.
+        It is run on shapes alone first, which is quick, unless its code asks for values.
         """
         self.runs += 1
-        for shapes in (self.shapes, None):
+        for shapes in (True, False) if self.shapes else (False,):
             self.progress.count, self.progress.stack, self.progress.passed = 0, [], []
-            with quiet(), shapes or nullcontext(), self.progress:
-                found = self.trial.run(self.live)
-            if isinstance(found, DynamicOutputShapeException | DataDependentOutputException):
-                self.shapes = None
-            elif isinstance(found, Exception):
+            found = self._run(self.live, shapes=shapes)
+            if isinstance(found, Exception):
                 return self.progress.count
         return inf if self.trial.right(found) else self.progress.count
+
+    def _runs_on_shapes(self, uncut: nn.Module) -> bool:
+        """Tell whether shapes suffice: the code asks for no values, and keeps nothing of a run for the next."""
+        found = self._run(uncut, shapes=True)
+        held = (
+            value for module in uncut.modules() for each in (vars(module), module._buffers) for value in each.values()
+        )
+        return not isinstance(found, Exception) and not any(isinstance(v, Tensor) and v.is_meta for v in held)
+
+    def _run(self, model: nn.Module, *, shapes: bool) -> Sequence[Tensor] | Exception:
+        with quiet(), _OnMeta() if shapes else nullcontext(), self.progress:
+            return self.trial.run(model)
 
     def _set(self, reached: float, stack: Sequence[str], passed: Sequence[str]) -> bool:
         """Set the attribute with which the model runs furthest, and the same one of modules alike."""

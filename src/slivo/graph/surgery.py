@@ -15,6 +15,7 @@ from slivo.graph.dims import Term, Var, head, positions, size_after
 from slivo.graph.infer import Fact
 from slivo.graph.parts import FORWARD, program, replace_
 from slivo.graph.slicing import Slices, check, cut_, within
+from slivo.graph.twins import sharing
 
 Attributes = Mapping[str, Mapping[str, Any]]
 """For each module, attributes and their new values."""
@@ -130,15 +131,15 @@ def perform_(model: nn.Module, slices: Slices, attributes: Attributes) -> None:
     if missing:
         raise ShapeError(f"the model has no module {missing[0]!r}")
     check(model, slices)
-    for name in replaced:
-        replace_(model, name, program(attributes[name][FORWARD]))
+    with sharing():
+        for name in replaced:
+            replace_(model, name, program(attributes[name][FORWARD]))
     if replaced:
-        # Of a replaced module only what its program uses is still there.
-        modules = dict(model.named_modules(remove_duplicate=False))
-        slices = within(model, slices)
+        slices = within(model, slices)  # of a replaced module only what its program uses is still there
     cut_(model, slices)
+    # Those in replaced modules, too: they may be shared with modules that stay.
     for name, values in attributes.items():
-        for attribute, value in values.items() if name in modules else ():
+        for attribute, value in values.items():
             if attribute != FORWARD:
                 old = getattr(modules[name], attribute, None)
                 setattr(modules[name], attribute, tuple(value) if isinstance(old, tuple) else value)

@@ -14,6 +14,7 @@ from slivo.errors import SlivoError
 from slivo.graph import Axis, Graph, plan_slices, settle, trace
 from slivo.graph.config import plan_config
 from slivo.graph.inputs import ExampleInputs
+from slivo.graph.twins import sharing
 from slivo.prune import criteria
 from slivo.prune.budget import Budget, Scope, allocate
 from slivo.prune.importance import Loss, importance
@@ -138,11 +139,12 @@ def cut(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, graph: G
     graph = graph or trace(model, example_inputs)
     kept = plan.fit(graph)
     slices = plan_slices(graph, kept)
-    attributes, program = settle(model, graph, example_inputs, kept)
-    edit = edits.Cut(slices, attributes, kept, program)
-    small = edits.apply(model, edit)
-    config = plan_config(model, small)
-    return edits.apply(model, replace(edit, config=config)) if config else small
+    with sharing():
+        attributes, program = settle(model, graph, example_inputs, kept)
+        edit = edits.Cut(slices, attributes, kept, program)
+        small = edits.apply(model, edit)
+        config = plan_config(model, small)
+        return edits.apply(model, replace(edit, config=config)) if config else small
 
 
 def select(graph: Graph, *, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Axis]:
