@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -35,6 +37,33 @@ def test_modes_and_gradients_are_as_before():
     assert model[0].training
     assert not model[1].training
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Cache:
+    """An output that PyTorch cannot take apart, as the keys and values of a language model."""
+
+
+class Generator(nn.Module):
+    """Gives out what it would go on from, unless it is told not to, as models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=True)
+        self.inner = nn.Linear(3, 4)
+        self.inner.config = self.config
+
+    def forward(self, x):
+        x = self.inner(x)
+        return (x, Cache()) if self.config.use_cache else (x,)
+
+
+def test_caches_of_generation_are_no_outputs():
+    model, x = Generator(), torch.randn(2, 3)
+    assert torch.equal(capture(model, x).graph(x)[0], model(x)[0])
+    assert model.config.use_cache is True
+    model.config.use_cache = None
+    with evaluating(model):
+        assert model.config.use_cache is None
 
 
 def test_modes_come_back_after_an_error():

@@ -103,14 +103,24 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
-    """Put every module into evaluation (or training) mode, and back into the mode that each had."""
+    """Put every module into evaluation (or training) mode, and back into the mode that each had.
+
+    Models of transformers give out no cache of keys and values meanwhile (``config.use_cache``): it is there to
+    generate with, and no output whose sizes anyone relies on.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    configs = {id(each): each for each in (getattr(module, "config", None) for module in model.modules())}
+    caching = [each for each in configs.values() if getattr(each, "use_cache", None) is True]
     model.train(training)
+    for config in caching:
+        config.use_cache = False
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for config in caching:
+            config.use_cache = True
 
 
 @contextmanager
