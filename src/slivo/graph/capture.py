@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -109,7 +110,7 @@ def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     generate with, and no output whose sizes anyone relies on.
     """
     modes = [(module, module.training) for module in model.modules()]
-    configs = {id(each): each for each in (getattr(module, "config", None) for module in model.modules())}
+    configs: dict[int, Any] = {id(each): each for each in (getattr(m, "config", None) for m in model.modules())}
     caching = [each for each in configs.values() if getattr(each, "use_cache", None) is True]
     model.train(training)
     for config in caching:
