@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import slivo
+from slivo.errors import ShapeError, TargetError
 from slivo.graph.infer import RULES
+from slivo.prune import Plan, cut
 
 
 class Around(nn.Module):
@@ -78,7 +80,17 @@ LINES = {
     "amax": (lambda s, x: x - x.amax(-1, keepdim=True), 1, {}),
     "argmax": (lambda s, x: x * x.argmax(1, keepdim=True), 1, {}),
     "topk": (lambda s, x: x.topk(2, dim=1)[0], 1, {}),
-    "topk_last": (lambda s, x: x.topk(4)[0], 0, {"out": 4}),
+    "topk_last": (lambda s, x: x.topk(4)[0], 1, {"out": 4}),
+    "picked_channels": (lambda s, x: x + x.gather(-1, x.topk(4)[1]).sum(-1, keepdim=True), 1, {}),
+    "best_channel": (lambda s, x: x * x.gather(-1, x.argmax(-1, keepdim=True)) + x.max(-1, keepdim=True)[0], 1, {}),
+    "best_weight": (
+        lambda s, x: x + s.other[x.argmax(-1)][..., None] * s.other.index_select(0, x[0].argmax(-1))[:, None],
+        1,
+        {},
+    ),
+    "told_channel": (lambda s, x: x + x.argmax(-1, keepdim=True), 0, {}),
+    "told_best": (lambda s, x: x.topk(4)[1].to(x.dtype), 0, {"out": 4}),
+    "marked_channels": (lambda s, x: x * torch.zeros_like(x).scatter(-1, x.topk(4)[1], 1.0), 1, {}),
     "sort": (lambda s, x: x.sort(dim=1)[0], 1, {}),
     "glu": (lambda s, x: F.glu(x), 1, {"out": 6}),
     "prelu": (lambda s, x: F.prelu(x.transpose(1, 2), s.other).transpose(1, 2), 1, {}),
@@ -306,6 +318,65 @@ def test_experts_share_what_they_read_and_write():
     assert not graph.unknown_ops
     assert sorted(axis.size for axis in graph.prunable) == [16, 16, 32]
     assert graph.macs * 8 == 8 * (4 * 16 + 16 * 32 + 32 * 16 + 16 * 4)
+
+
+class Routed(nn.Module):
+    """Experts as the libraries run them: rows are sorted by their experts, and each run of rows has its matrix."""
+
+    def __init__(self, leak: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.leak, self.count, self.router = leak, 6, nn.Linear(8, 6)
+        self.up, self.down = nn.Parameter(torch.randn(6, 8, 32)), nn.Parameter(torch.randn(6, 32, 8))
+
+    def forward(self, x):
+        weights, experts = self.router(x).softmax(-1).topk(2)
+        experts, order = experts.flatten().sort()
+        counts = torch.histc(experts.to(x.dtype), bins=self.count, min=0, max=self.count - 1)
+        rows = x[order // 2].bfloat16()
+        ends = counts.cumsum(0, dtype=torch.int32)
+        rows = F.grouped_mm(rows, self.up.bfloat16(), offs=ends).relu()
+        rows = F.grouped_mm(rows, self.down.bfloat16(), offs=ends).float()
+        if self.leak == "order":
+            rows = rows.cumsum(0)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        rows = (rows * weights.flatten()[order][:, None])[back].view(len(x), 2, 8).sum(1)
+        return {"": rows, "order": rows, "ends": (rows, ends), "rows": (rows, experts)}[self.leak]
+
+
+def test_experts_are_an_axis():
+    model, x = Routed().eval(), torch.randn(5, 8)
+    graph = slivo.trace(model, x)
+    axis = graph["experts"]
+    assert not graph.unknown_ops
+    assert (axis.size, axis.fixed, axis.least, axis.routed) == (6, None, 2, True)
+    assert {member.tensor for member in axis.members} == {"router.weight", "router.bias", "up", "down"}
+    assert error(outputs(permuted(model, axis), x), outputs(model, x)) < 1e-5
+    assert {axis.multiple for axis in graph.axes if axis.size == 32} == {8}
+
+
+@pytest.mark.parametrize("leak", ["order", "ends", "rows"])
+def test_experts_stay_where_their_order_shows(leak):
+    graph = slivo.trace(Routed(leak), torch.randn(5, 8))
+    assert [axis.fixed is not None for axis in graph.axes if axis.size == 6] == [True]
+
+
+def test_experts_go_for_parameters_or_on_request_only():
+    model, x = Routed().eval(), torch.randn(5, 8)
+    small = slivo.prune(model, x, keep=slivo.Budget(macs=0.6))
+    assert len(small.up) == 6
+    small = slivo.prune(model, x, keep=slivo.Budget(params=0.4), scope="uniform")
+    assert 2 <= len(small.up) == len(small.down) == small.count < 6
+    assert small.up.shape[2] % 8 == 0
+    assert small(torch.randn(9, 8)).shape == (9, 8)  # no number of rows is written into it
+    few = slivo.prune(model, x, keep=slivo.Budget(params=0.4), only=["experts"])
+    assert few.up.shape == (2, 8, 32)
+    assert cut(model, x, Plan({"experts": 6}, {"experts": (1, 4)}))(x).shape == (5, 8)
+    with pytest.raises(ShapeError, match=r"keep at least 2 of them, each once, not \[4\]"):
+        cut(model, x, Plan({"experts": 6}, {"experts": (4,)}))
+    with pytest.raises(TargetError, match="cannot be met"):
+        slivo.prune(model, x, keep=slivo.Budget(params=0.1), only=["experts"], min_width=1)
 
 
 def test_a_rule_that_cannot_read_its_arguments_fixes_what_passes(monkeypatch):

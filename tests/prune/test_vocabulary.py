@@ -80,7 +80,7 @@ def test_what_is_no_vocabulary_is_refused() -> None:
     with pytest.raises(ShapeError, match="has no vocabulary"):
         keep_tokens(nn.Linear(3, 3), torch.zeros(2, 3), [0, 1])
     for tokens in ([0, 40], [1, 1], []):
-        with pytest.raises(ShapeError, match="has positions 0 to 39; keep at least one of them"):
+        with pytest.raises(ShapeError, match="has positions 0 to 39; keep at least 1 of them"):
             keep_tokens(Model(tied=True), (IDS, WEIGHT), tokens)
 
 

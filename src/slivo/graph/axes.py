@@ -7,9 +7,9 @@ import functools
 import operator
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from math import prod
+from math import lcm, prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,9 @@ class Axis:
         macs: Multiply-accumulates per sample of all operators that the axis takes part in.
         params: Entries of parameters that belong to the axis.
         fixed: None, or the reason why the axis may not be cut.
+        multiple: What its size is a multiple of once it is cut, because a kernel takes no other.
+        least: What its size is at least: the experts, say, of which the router picks so many.
+        routed: Whether each sample takes its own few positions, as of experts: a sample is no cheaper if others go.
     """
 
     name: str
@@ -64,6 +67,9 @@ class Axis:
     macs: int
     params: int
     fixed: str | None
+    multiple: int = 1
+    least: int = 1
+    routed: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     members = _members(inference, parameters)
     names = _names(members, inference)
     batch = _batch(example_inputs)
-    macs = _macs(inference)
+    macs, limits = _macs(inference), _limits(inference)
     axes = tuple(
         Axis(
             name=names[axis],
@@ -192,6 +198,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
             macs=macs.get(axis, 0) // batch,
             params=sum(_entries(inference, m) for m in _unique(where) if m.tensor in parameters),
             fixed=axis.fixed,
+            **asdict(limits.get(axis, _Limits())),
         )
         for axis, where in members.items()
     )
@@ -275,6 +282,27 @@ def _macs(inference: Inference) -> dict[Var, int]:
     return found
 
 
+@dataclass(frozen=True)
+class _Limits:
+    multiple: int = 1
+    least: int = 1
+    routed: bool = False
+
+
+def _limits(inference: Inference) -> dict[Var, _Limits]:
+    """Sum up for each axis what its size has to be; of a product or sum, each axis has to be what the whole has."""
+    found: dict[Var, _Limits] = {}
+    for limit in inference.limits:
+        for axis in leaves(limit.term):
+            known = found.get(axis, _Limits())
+            found[axis] = _Limits(
+                lcm(known.multiple, limit.multiple),
+                max(known.least, min(limit.least, axis.size)),
+                known.routed or limit.routed,
+            )
+    return found
+
+
 def _entries(inference: Inference, member: Member) -> int:
     dims = inference.tensors[member.tensor]
     return int(member.index.size) * prod(term.size for dim, term in enumerate(dims) if dim != member.dim)
@@ -318,7 +346,7 @@ def _shared_attributes(model: nn.Module, inference: Inference) -> list[tuple[Ter
     found: dict[tuple[str, int], dict[Var, None]] = {}
     for literal in inference.literals:
         term = head(literal.term)
-        if isinstance(term, Var) and term.fixed is None:
+        if isinstance(term, Var) and term.fixed is None and not literal.shift:
             found.setdefault((literal.module, term.size), {})[term] = None
     ties: list[tuple[Term, ...]] = []
     for (module, size), terms in found.items():

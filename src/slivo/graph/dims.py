@@ -261,6 +261,14 @@ def factor(term: Term, inner: int) -> tuple[Term, Term]:
     return high, product((low, last))
 
 
+def outer_factor(term: Term, inner: int) -> Term | None:
+    """Return the outer factor of a term whose inner one has the given size, or None where it has none."""
+    try:
+        return factor(term, inner)[0]
+    except _ClashError:
+        return None
+
+
 def take(term: Term, start: int, stop: int) -> Term | None:
     """Return the term of the positions from start to stop, or None (with the term fixed) where it has none."""
     try:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from slivo.graph.capture import Capture
 from slivo.graph.decompose import decompose
-from slivo.graph.dims import UNIT, Term, fix, head, unify, var
+from slivo.graph.dims import UNIT, Term, fix, head, leaves, unify, var
 
 Dims = tuple[Term, ...]
 Rule = Callable[..., "Dims | list[Dims | None]"]
@@ -59,11 +59,43 @@ class Fact:
 
 @dataclass(frozen=True)
 class Literal:
-    """An integer in the graph (a size given to ``view``, say) that stands for a dimension."""
+    """An integer in the graph (a size given to ``view``, say) that stands for a dimension, or for one less, say."""
 
     node: fx.Node
     module: str
     path: tuple[int, ...]
+    term: Term
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What the size of a dimension has to be, besides more than nothing.
+
+    Args:
+        term: The dimension.
+        multiple: Its size is a multiple of this.
+        least: Its size is at least this.
+        routed: Whether each sample takes its own few positions, so that it is no cheaper if others go.
+    """
+
+    term: Term
+    multiple: int = 1
+    least: int = 1
+    routed: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What the values of a tensor of integers say of a dimension.
+
+    Its order may change as long as all who are told do as they are told: ``numbers`` are positions of the dimension;
+    a ``permutation`` has each once; ``counts`` say how often each was among the numbers, ``offsets`` are their running
+    sum, and ``range`` is all positions of the tensor's own dimension in order. A reader that makes nothing of
+    the values knows them as numbers, and the order is fixed.
+    """
+
+    kind: str
     term: Term
 
 
@@ -84,9 +116,13 @@ class Inference:
     roles: list[tuple[Term, str, str]] = field(default_factory=list)
     reads: set[Term] = field(default_factory=set)
     unknown: dict[str, int] = field(default_factory=dict)
+    limits: list[Limit] = field(default_factory=list)
+    marks: dict[tuple[fx.Node, int], Mark] = field(default_factory=dict)
+    ordered: dict[Term, Term] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     boundary: bool = True
     node: fx.Node = field(init=False)
+    read_marks: set[fx.Node] = field(default_factory=set)
 
     def of(self, argument: Any) -> Dims:
         """Return the dimensions of an argument; a number has none."""
@@ -142,9 +178,28 @@ class Inference:
         """Say which attribute of the current module, if it has it, holds a dimension's size."""
         self.facts.append(Fact(self.module, attribute, terms))
 
-    def literal(self, path: Sequence[int], term: Term) -> None:
-        """Say which integer among the current node's arguments stands for a dimension."""
-        self.literals.append(Literal(self.node, self.module, tuple(path), term))
+    def literal(self, path: Sequence[int], term: Term, shift: int = 0) -> None:
+        """Say which integer among the current node's arguments stands for a dimension, plus a number."""
+        self.literals.append(Literal(self.node, self.module, tuple(path), term, shift))
+
+    def limit(self, term: Term, *, multiple: int = 1, least: int = 1, routed: bool = False) -> None:
+        """Say what the size of a dimension has to be."""
+        self.limits.append(Limit(term, multiple, least, routed))
+
+    def mark(self, kind: str, term: Term, output: int = 0) -> None:
+        """Say what the values of an output of the current node are."""
+        self.marks[self.node, output] = Mark(kind, term)
+
+    def marked(self, argument: Any, *kinds: str) -> Term | None:
+        """Return the dimension that the values of an argument are about, if they are of one of these kinds.
+
+        Whoever asks does with it what the values say.
+        """
+        found = self.marks.get((argument, 0)) if isinstance(argument, fx.Node) else None
+        if found is None or found.kind not in kinds:
+            return None
+        self.read_marks.add(argument)
+        return found.term
 
     def tie(self, terms: Sequence[Term]) -> None:
         """Say that dimensions stay of equal size, though they are not the same."""
@@ -167,13 +222,19 @@ class Inference:
             elif node.op == "get_attr":
                 self.dims[node] = self._fetched(node)
             elif node.op == "output":
-                for dims in (
-                    () if not self.boundary else _tensors([self.dims[argument] for argument in node.all_input_nodes])
-                ):
-                    for term in dims:
-                        fix(term, "an output of the network")
+                self._give_out(node)
             else:
                 self.dims[node] = self._call(node) if node.op == "call_function" else None
+        for rows, term in self.ordered.items():
+            if any(leaf.fixed is not None for leaf in leaves(rows)):
+                fix(term, "orders what depends on the order")
+
+    def _give_out(self, node: fx.Node) -> None:
+        """Fix what leaves the network, or a part: the sizes of the one, and the order in what is told by number."""
+        for dims in _tensors([self.dims[each] for each in node.all_input_nodes]) if self.boundary else ():
+            for term in dims:
+                fix(term, "an output of the network")
+        self._fix_told(node)
 
     def inline(self, module: Any, arguments: Sequence[Any]) -> list[Dims | None]:
         """Walk the graph of a sub-module (a ``no_grad`` block, say) as if it stood at the current node."""
@@ -191,6 +252,7 @@ class Inference:
             elif node.op == "get_attr":
                 self.dims[node] = self._given(node, "a constant of the network")
             elif node.op == "output":
+                self._fix_told(node)
                 returned = node.args[0] if isinstance(node.args[0], list | tuple) else [node.args[0]]
                 result = [self.dims[each] if isinstance(each, fx.Node) else None for each in returned]
             else:
@@ -217,7 +279,34 @@ class Inference:
         if node.target is getitem:
             whole, number = node.args
             source = self.dims[whole] if isinstance(whole, fx.Node) else None
+            if (whole, number) in self.marks:
+                self.marks[node, 0] = self.marks[whole, number]  # type: ignore[index]
             return source[number] if isinstance(source, list) and isinstance(number, int) else None
+        self.read_marks.clear()
+        result = self._apply(node)
+        self._hand_on(node)
+        self._fix_told(node)
+        return result
+
+    def _hand_on(self, node: fx.Node) -> None:
+        """Keep what the values of a node's first argument say, if they are those of its output too."""
+        name, first = operator_name(node.target), node.args[0] if node.args else None
+        mark = self.marks.get((first, 0)) if isinstance(first, fx.Node) else None
+        if isinstance(first, fx.Node) and mark and name in COPYING | PICKING:
+            kind = mark.kind if name in COPYING else {"permutation": "numbers"}.get(mark.kind, mark.kind)
+            if name in COPYING or kind == "numbers":
+                self.marks[node, 0] = Mark(kind, mark.term)
+                self.read_marks.add(first)
+
+    def _fix_told(self, node: fx.Node) -> None:
+        """Fix dimensions whose positions are told by number to a node that makes nothing of it."""
+        for each in node.all_input_nodes:
+            mark = self.marks.get((each, 0))
+            told = node.op == "output" or any(shape is not None for shape in self.outputs())
+            if mark and told and mark.kind not in ("counts", "range") and each not in self.read_marks:
+                fix(mark.term, f"positions are given out as indices to {self.place}")
+
+    def _apply(self, node: fx.Node) -> Any:
         found = _rule_of(node.target)
         if found is not None and all(size >= 0 for shape in self.outputs() for size in shape or ()):
             try:
@@ -258,6 +347,16 @@ class Inference:
         fresh = [self._sized(shape, reason) for shape in shapes]
         value = node.meta.get("val")
         return fresh[0] if isinstance(value, Tensor) else fresh
+
+
+COPYING = {"alias", "clone", "contiguous", "detach", "lift_fresh_copy", "to", "_to_copy"}
+"""Operators that hand on the values of their first argument as they are."""
+
+PICKING = {
+    *("expand", "flatten", "permute", "repeat", "reshape", "squeeze", "t", "transpose", "unflatten", "unsqueeze"),
+    *("view", "_unsafe_view", "gather", "index", "index_select", "select", "slice"),
+}
+"""Operators that hand on some of the values, in some order: numbers of positions are still that."""
 
 
 def elementwise(t: Inference, operands: Sequence[Any], shape: Sequence[int]) -> Dims:

@@ -94,8 +94,8 @@ def rewrites(inference: Inference, kept: dict[Var, int], inputs: Mapping[Var, tu
     blocks = {id(m.graph): name for name, m in _blocks(inference.capture.graph).items()}
     found = []
     for literal in inference.literals:
-        old, new = argument(literal.node, literal.path), size_after(literal.term, kept)
-        if not isinstance(old, int) or old != literal.term.size:
+        old, new = argument(literal.node, literal.path), size_after(literal.term, kept) + literal.shift
+        if not isinstance(old, int) or old != literal.term.size + literal.shift:
             continue
         block = blocks[id(literal.node.graph)]
         term = head(literal.term)

@@ -69,9 +69,9 @@ def _dropped(graph: Graph, name: str, kept: Sequence[int]) -> list[int]:
     if axis.fixed is not None:
         raise ShapeError(f"axis {name!r} may not be cut: {axis.fixed}")
     unique = {int(position) for position in kept}
-    if not unique or len(unique) != len(kept) or min(unique) < 0 or max(unique) >= axis.size:
+    if len(unique) < axis.least or len(unique) != len(kept) or min(unique) < 0 or max(unique) >= axis.size:
         raise ShapeError(
-            f"axis {name!r} has positions 0 to {axis.size - 1}; keep at least one of them, each once, "
+            f"axis {name!r} has positions 0 to {axis.size - 1}; keep at least {axis.least} of them, each once, "
             f"not {list(kept)[:8]}"
         )
     return [position for position in range(axis.size) if position not in unique]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, lcm
 from typing import Literal
 
 import numpy as np
@@ -71,6 +71,7 @@ class _Group:
     order: tuple[NDArray[np.int64], ...]
     scores: NDArray[np.float64]
     least: int
+    multiple: int
 
     @property
     def size(self) -> int:
@@ -102,7 +103,8 @@ def allocate(
             keeps the same share of every axis.
         min_width: Least size of an axis that is cut: a share of its size, or a count (an int). A tenth by default,
             so that no layer collapses whatever its scores.
-        round_to: Sizes that change become multiples of this, for hardware that likes them (8, 16, 32).
+        round_to: Sizes that change become multiples of this, for hardware that likes them (8, 16, 32), and of what
+            the axis itself asks for (`slivo.graph.Axis`).
 
     Returns:
         For each axis that is cut, by name, the positions that stay, ascending.
@@ -114,16 +116,16 @@ def allocate(
     limits = budget.limits(macs=graph.macs, params=graph.params)
     removed = _removals(groups, scope)
     low, high = 0, len(removed)
-    least = _count(graph, groups, _cut(groups, removed, round_to))
+    least = _count(graph, groups, _cut(groups, removed))
     if not _within(least, limits):
         raise _unmet(graph, least, limits)
     while low < high:
         middle = (low + high) // 2
-        if _within(_count(graph, groups, _cut(groups, removed[:middle], round_to)), limits):
+        if _within(_count(graph, groups, _cut(groups, removed[:middle])), limits):
             high = middle
         else:
             low = middle + 1
-    gone = _refill(graph, groups, _cut(groups, removed[:low], round_to), limits, round_to)
+    gone = _refill(graph, groups, _cut(groups, removed[:low]), limits)
     return {name: kept for group, count in zip(groups, gone, strict=True) for name, kept in group.kept(count).items()}
 
 
@@ -143,8 +145,9 @@ def _groups(graph: Graph, scores: Scores, min_width: float | int, round_to: int)
         order = tuple(np.argsort(scores[axis.name], kind="stable") for axis in axes)
         ranked = np.sum([scores[axis.name][ranks] for axis, ranks in zip(axes, order, strict=True)], axis=0)
         least = min_width if isinstance(min_width, int) else ceil(min_width * axes[0].size)
-        least = ceil(max(1, least) / round_to) * round_to
-        groups.append(_Group(axes, order, ranked, min(least, axes[0].size)))
+        multiple = lcm(round_to, *(axis.multiple for axis in axes))
+        least = ceil(max(least, *(axis.least for axis in axes)) / multiple) * multiple
+        groups.append(_Group(axes, order, ranked, min(least, axes[0].size), multiple))
     return groups
 
 
@@ -168,12 +171,12 @@ def _removals(groups: Sequence[_Group], scope: Scope) -> list[int]:
     return [number for _, number in sorted(ranked)]
 
 
-def _cut(groups: Sequence[_Group], removed: Sequence[int], round_to: int) -> list[int]:
+def _cut(groups: Sequence[_Group], removed: Sequence[int]) -> list[int]:
     """Return for each group how many ranks go; kept sizes that change are rounded down to a multiple."""
     counts = np.bincount(np.asarray(removed, dtype=np.int64), minlength=len(groups))
     gone = []
     for group, count in zip(groups, counts.tolist(), strict=True):
-        kept = max(group.least, (group.size - count) // round_to * round_to) if count else group.size
+        kept = max(group.least, (group.size - count) // group.multiple * group.multiple) if count else group.size
         gone.append(group.size - kept)
     return gone
 
@@ -190,16 +193,14 @@ def _count(graph: Graph, groups: Sequence[_Group], gone: Sequence[int]) -> tuple
     )
 
 
-def _refill(
-    graph: Graph, groups: Sequence[_Group], gone: list[int], limits: tuple[int, int], round_to: int
-) -> list[int]:
+def _refill(graph: Graph, groups: Sequence[_Group], gone: list[int], limits: tuple[int, int]) -> list[int]:
     """Give back the most important positions that still fit, so that the budget is used up."""
     # Giving back only gets dearer as others are given back: a group that did not fit once never will.
     candidates = {number for number, count in enumerate(gone) if count}
     while candidates:
         best = max(candidates, key=lambda number: (groups[number].scores[gone[number] - 1], -number))
-        size = groups[best].size
-        larger = min(size, ((size - gone[best]) // round_to + 1) * round_to)
+        size, multiple = groups[best].size, groups[best].multiple
+        larger = min(size, ((size - gone[best]) // multiple + 1) * multiple)
         trial = [*gone]
         trial[best] = size - larger
         if _within(_count(graph, groups, trial), limits):

@@ -109,7 +109,12 @@ def plan(
         16
     """
     graph = graph or trace(model, example_inputs)
-    axes = select(graph, only=only, exclude=exclude)
+    axes = [
+        axis
+        for axis in select(graph, only=only, exclude=exclude)
+        # Fewer experts make no sample cheaper: they go if parameters have to, or on request.
+        if not axis.routed or keep.params is not None or only
+    ]
     scores = importance(model, graph, axes, criteria.resolve(criterion), batches=batches, loss=loss)
     kept = allocate(graph, scores, keep, scope=scope, min_width=min_width, round_to=round_to)
     if now:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from slivo.graph.dims import UNIT
+from slivo.graph.dims import UNIT, outer_factor
 from slivo.graph.infer import Dims, Inference, elementwise, flatten_args, rule
 
 aten = torch.ops.aten
@@ -43,12 +43,23 @@ def same(t: Inference, x: Any, *args: Any, **kwargs: Any) -> Dims:
     return t.of(x)
 
 
+@rule(aten.floor_divide)
+def floor_divide(t: Inference, x: Any, other: Any) -> Dims:
+    """Positions of a product are divided by the size of its inner factor: they are positions of the outer one."""
+    dims, told = elementwise(t, [x, other], t.output()), t.marked(x, "numbers", "permutation")
+    outer = outer_factor(told, other) if told is not None and isinstance(other, int) else None
+    if outer is None:
+        t.read_marks.clear()
+    else:
+        t.mark("numbers", outer)
+    return dims
+
+
 @rule(
     aten.copy_,
     aten.copy,
     aten.masked_fill,
     aten.where,
-    aten.floor_divide,
     aten.hardswish,
     aten.log_sigmoid,
     aten.rsub,
@@ -122,7 +133,10 @@ def new_filled(t: Inference, x: Any, size: Sequence[int], *args: Any, **kwargs: 
 )
 def positional(t: Inference, *args: Any, **kwargs: Any) -> Dims:
     """Every position has a value of its own."""
-    return t.fresh(t.output(), "each position has a value of its own")
+    dims = t.fresh(t.output(), "each position has a value of its own")
+    if t.node.target is aten.arange.default and len(dims) == 1:
+        t.mark("range", dims[0])
+    return dims
 
 
 @rule(aten.tril, aten.triu)

@@ -16,8 +16,8 @@ aten = torch.ops.aten
 
 @rule(aten.index)
 def index(t: Inference, x: Any, indices: Sequence[Any]) -> Dims:
-    """Dimensions indexed by a tensor are fixed; the others pass."""
-    kept, before = _passing(t, t.of(x), indices)
+    """Dimensions indexed by a tensor are fixed, unless it holds numbers of their positions; the others pass."""
+    kept, before = _passing(t, x, indices)
     shape = t.output()
     sizes = shape[before : before + len(shape) - len(kept)]
     return (*kept[:before], *_indexed(t, [each for each in indices if each is not None], sizes), *kept[before:])
@@ -26,7 +26,10 @@ def index(t: Inference, x: Any, indices: Sequence[Any]) -> Dims:
 @rule(aten.index_put, aten._unsafe_index_put, aten._index_put_impl)
 def index_put(t: Inference, x: Any, indices: Sequence[Any], values: Any, *rest: Any, **kwargs: Any) -> Dims:
     """As index, and what is put there has the dimensions that are not indexed."""
-    kept, before = _passing(t, t.of(x), indices)
+    inverse = _inverse(t, x, indices, values)
+    if inverse is not None:
+        return inverse
+    kept, before = _passing(t, x, indices)
     masks = any("bool" in _dtype(each) for each in indices)
     ranks = [len(t.of(each)) for each in indices if each is not None]
     target: list[Term | None] = [*kept[:before], *[None] * (1 if masks else max(ranks)), *kept[before:]]
@@ -38,8 +41,9 @@ def index_put(t: Inference, x: Any, indices: Sequence[Any], values: Any, *rest: 
     return t.of(x)
 
 
-def _passing(t: Inference, source: Dims, indices: Sequence[Any]) -> tuple[list[Term], int]:
+def _passing(t: Inference, x: Any, indices: Sequence[Any]) -> tuple[list[Term], int]:
     """Fix the indexed dimensions; return the others, and how many of them stand before what the indices make."""
+    source = t.of(x)
     picked = [at for at, each in enumerate(indices) if each is not None]
     spread, at = list[tuple[Term, bool]](), 0
     for each in indices:
@@ -47,9 +51,40 @@ def _passing(t: Inference, source: Dims, indices: Sequence[Any]) -> tuple[list[T
         spread.extend((term, each is not None) for term in source[at : at + count])
         at += count
     spread.extend((term, False) for term in source[at:])
-    t.fix([term for term, used in spread if used], "positions are picked by a tensor")
+    used_by = [each for each in indices if each is not None]
+    indexed = [term for term, used in spread if used]
+    if len(indexed) == len(used_by):
+        for term, each in zip(indexed, used_by, strict=True):
+            _picked(t, x, term, each)
+    else:
+        t.fix(indexed, "positions are picked by a mask")
     together = picked == list(range(picked[0], picked[-1] + 1)) if picked else False
     return [term for term, used in spread if not used], picked[0] if together else 0
+
+
+def _picked(t: Inference, source: Any, term: Term, indices: Any) -> None:
+    """State what a dimension is whose positions a tensor picks: the one that its numbers are of, or a fixed one."""
+    told = t.marked(indices, "numbers", "permutation")
+    if told is None:
+        t.fix([term], "positions are picked by a tensor")
+    else:
+        t.unify(term, told)
+        t.limit(term, routed=source.op == "get_attr")
+
+
+def _inverse(t: Inference, x: Any, indices: Sequence[Any], values: Any) -> Dims | None:
+    """Read ``x[permutation] = arange(n)``: every position is written, with its place in the permutation's order."""
+    if len(indices) != 1 or len(t.of(x)) != 1 or not isinstance(indices[0], fx.Node):
+        return None
+    mark, order = t.marks.get((indices[0], 0)), t.marks.get((values, 0)) if isinstance(values, fx.Node) else None
+    if not (mark and order and mark.kind == "permutation" and order.kind == "range"):
+        return None
+    places, term = t.of(indices[0]), mark.term
+    if not t.of(x)[0].size == term.size == order.term.size == places[0].size:
+        return None
+    t.marked(indices[0], "permutation")
+    t.mark("numbers", places[0])
+    return (term,)
 
 
 def _indexed(t: Inference, indices: Sequence[Any], sizes: Sequence[int]) -> Dims:
@@ -67,7 +102,7 @@ def _dtype(argument: Any) -> str:
 def index_select(t: Inference, x: Any, dim: int, indices: Any) -> Dims:
     """Positions are picked by a tensor."""
     dims = list(t.of(x))
-    t.fix([dims[dim]], "positions are picked by a tensor")
+    _picked(t, x, dims[dim], indices)
     dims[dim] = t.of(indices)[0] if t.of(indices) else UNIT
     return tuple(dims)
 
@@ -75,8 +110,8 @@ def index_select(t: Inference, x: Any, dim: int, indices: Any) -> Dims:
 @rule(aten.gather, aten.take_along_dim)
 def gather(t: Inference, x: Any, dim: int, indices: Any, **kwargs: Any) -> Dims:
     """Along one dimension positions are picked by a tensor; the others agree where their sizes do."""
-    source, wanted = t.of(x), t.of(indices)
-    _along(t, source, wanted, dim)
+    wanted = t.of(indices)
+    _along(t, x, wanted, dim, indices)
     return wanted
 
 
@@ -84,17 +119,20 @@ def gather(t: Inference, x: Any, dim: int, indices: Any, **kwargs: Any) -> Dims:
 def scatter(t: Inference, x: Any, dim: int, indices: Any, source: Any = None, *args: Any, **kwargs: Any) -> Dims:
     """Along one dimension positions are filled by a tensor; the others agree where their sizes do."""
     wanted = t.of(indices)
-    _along(t, t.of(x), wanted, dim)
+    _along(t, x, wanted, dim, indices)
     if t.of(source):
-        _along(t, t.of(source), wanted, dim)
+        _along(t, source, wanted, dim, None)
         t.fix([wanted[dim], t.of(source)[dim]], "goes to positions picked by a tensor")
     return t.of(x)
 
 
-def _along(t: Inference, source: Dims, wanted: Dims, dim: int) -> None:
+def _along(t: Inference, x: Any, wanted: Dims, dim: int, indices: Any) -> None:
+    source = t.of(x)
     at = dim % len(source) if source else 0
     for number, (term, other) in enumerate(zip(source, wanted, strict=True)):
-        if number == at or term.size != other.size:
+        if number == at and indices is not None:
+            _picked(t, x, term, indices)
+        elif number == at or term.size != other.size:
             t.fix([term], "positions are picked by a tensor")
             if number != at:
                 t.fix([other], "is shorter than what it indexes")

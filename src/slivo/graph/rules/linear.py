@@ -69,11 +69,25 @@ def addbmm(t: Inference, bias: Any, left: Any, right: Any, *, beta: float = 1, a
 
 
 @rule(aten._grouped_mm, "transformers::grouped_mm_fallback")
-def grouped_mm(t: Inference, x: Any, weight: Any, *args: Any, **kwargs: Any) -> Dims:
-    """Each run of rows is multiplied with the matrix of its expert: ``x[-1] = weight[1]``, ``y[-1] = weight[2]``."""
+def grouped_mm(t: Inference, x: Any, weight: Any, offs: Any = None, *args: Any, **kwargs: Any) -> Dims:
+    """Each run of rows is multiplied with the matrix of its expert: ``x[-1] = weight[1]``, ``y[-1] = weight[2]``.
+
+    Where the runs end is known to be told by the counts of the numbers that the rows were sorted by, or else experts
+    are fixed. The kernel wants rows of a multiple of 16 bytes.
+    """
     source, (experts, inner, out) = t.of(x), t.of(weight)
-    t.fix((experts,), "experts are picked by number")
+    ends = t.marked(offs, "offsets")
+    sorted_by = t.ordered.get(head(source[0]))
+    if ends is None or sorted_by is None or head(ends) is not head(sorted_by):
+        t.read_marks.clear()
+        t.fix((experts,), "experts are picked by number")
+    else:
+        t.unify(experts, ends)
+        t.limit(experts, routed=True)
+        t.role(experts, "experts")
     t.unify(source[-1], inner)
+    for term in (inner, out):
+        t.limit(term, multiple=max(1, 16 // weight.meta["val"].element_size()))
     t.read(inner)
     t.cost(1, *source[:-1], out, inner)
     t.role(out, "out")
@@ -158,7 +172,11 @@ def cosine_similarity(t: Inference, left: Any, right: Any, dim: int = 1, eps: fl
 def embedding(t: Inference, weight: Any, indices: Any, *args: Any, **kwargs: Any) -> Dims:
     """Rows are looked up by number, so they are fixed; columns pass."""
     rows, columns = t.of(weight)
-    t.fix((rows,), "rows are looked up by number")
+    told = t.marked(indices, "numbers", "permutation")
+    if told is None:
+        t.fix((rows,), "rows are looked up by number")
+    else:
+        t.unify(rows, told)
     t.fact("num_embeddings", rows)
     t.fact("embedding_dim", columns)
     t.role(columns, "out")

@@ -60,15 +60,19 @@ def extremum(t: Inference, x: Any, dim: Any = None, keepdim: bool = False) -> Di
         return ()
     if isinstance(dim, fx.Node):
         return elementwise(t, [x, dim], t.output())
-    t.fix([t.of(x)[dim]], "positions are given out as indices")
+    if t.of(x):
+        t.mark("numbers", t.of(x)[dim], output=1)
     out = _reduced(t, x, dim, keepdim)
     return [out, out]
 
 
 @rule(aten.argmax, aten.argmin)
 def argument(t: Inference, x: Any, dim: Any = None, keepdim: bool = False) -> Dims:
-    """Positions are given out as indices, so they are fixed."""
-    t.fix(t.of(x) if dim is None else [t.of(x)[dim]], "positions are given out as indices")
+    """Positions are given out as numbers; of everything, they are those of no dimension."""
+    if dim is None:
+        t.fix(t.of(x), "positions are given out as indices")
+    elif t.of(x):
+        t.mark("numbers", t.of(x)[dim])
     return _reduced(t, x, dim, keepdim)
 
 
@@ -89,9 +93,16 @@ def glu(t: Inference, x: Any, dim: int = -1) -> Dims:
 
 
 @rule(aten.histc)
-def histogram(t: Inference, x: Any, *args: Any, **kwargs: Any) -> Dims:
-    """Counts over everything; the bins are a new dimension."""
-    return t.fresh(t.output(), "bins")
+def histogram(t: Inference, x: Any, bins: int = 100, low: float = 0, high: float = 0, **kwargs: Any) -> Dims:
+    """Counts over everything; the bins are a new dimension, or the one whose positions are counted."""
+    term = t.marked(x, "numbers")
+    if term is None or (bins, low, high) != (term.size, 0, term.size - 1):
+        t.read_marks.clear()
+        return t.fresh(t.output(), "bins")
+    t.literal((1,), term)
+    t.literal((3,), term, shift=-1)
+    t.mark("counts", term)
+    return (term,)
 
 
 @rule(aten.cummax, aten.cummin)
@@ -101,7 +112,18 @@ def running_extremum(t: Inference, x: Any, dim: int) -> list[Dims | None]:
     return [t.of(x), t.of(x)]
 
 
-@rule(aten.cumsum, aten.cumprod, aten.logcumsumexp, aten.flip)
+@rule(aten.cumsum)
+def running_sum(t: Inference, x: Any, dim: int = 0, **kwargs: Any) -> Dims:
+    """Depends on the order; so do all who are told where the runs of counted positions end."""
+    counted = t.marked(x, "counts")
+    if counted is not None:
+        t.mark("offsets", counted)
+    elif t.of(x):
+        t.fix([t.of(x)[dim]], "depends on the order")
+    return t.of(x)
+
+
+@rule(aten.cumprod, aten.logcumsumexp, aten.flip)
 def running(t: Inference, x: Any, dim: Any = 0, *args: Any, **kwargs: Any) -> Dims:
     """Depends on the order, so the dimension is fixed."""
     for each in _list(dim, len(t.of(x))):
@@ -120,24 +142,43 @@ def diff(t: Inference, x: Any, n: int = 1, dim: int = -1, *args: Any, **kwargs: 
 
 @rule(aten.topk, aten.kthvalue)
 def ranking(t: Inference, x: Any, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> list[Dims | None]:
-    """Positions are given out as indices, so they are fixed; the ranks are a new dimension."""
-    return _ranked(t, t.of(x), dim)
+    """Positions are given out as numbers; the ranks are a new dimension, which needs as many to choose from."""
+    source = t.of(x)
+    if not source:
+        return [(), ()]
+    term = source[dim]
+    t.mark("numbers", term, output=1)
+    t.limit(term, least=k)
+    return _ranked(t, source, dim, "ranks")
 
 
 @rule(aten.sort)
 def sort(t: Inference, x: Any, *args: Any, dim: int | None = None, **kwargs: Any) -> list[Dims | None]:
-    """As topk; the dimension comes first, or after ``stable`` in the overload that has it."""
+    """As topk; the dimension comes first, or after ``stable`` in the overload that has it.
+
+    Numbers that are sorted lie in the order of the dimension that they are positions of.
+    """
     numbers = [each for each in args if not isinstance(each, bool) and each is not None]
-    return _ranked(t, t.of(x), numbers[0] if dim is None and numbers else -1 if dim is None else dim)
-
-
-def _ranked(t: Inference, source: Dims, dim: int) -> list[Dims | None]:
-    shape = t.outputs()[0] or ()
+    at = numbers[0] if dim is None and numbers else -1 if dim is None else dim
+    source, told = t.of(x), t.marked(x, "numbers")
     if not source:
         return [(), ()]
+    t.fix([source[at]], "positions are sorted")
+    if told is None or len(source) > 1:
+        t.read_marks.clear()
+        return _ranked(t, source, at, "ranks")
+    out = _ranked(t, source, at, None)
+    t.mark("numbers", told, output=0)
+    t.mark("permutation", source[0], output=1)
+    for dims in out[:1]:
+        t.ordered.update((term, told) for term in dims or ())
+    return out
+
+
+def _ranked(t: Inference, source: Dims, dim: int, reason: str | None) -> list[Dims | None]:
+    shape = t.outputs()[0] or ()
     at = dim % len(source)
-    t.fix([source[at]], "positions are given out as indices")
-    ranks = t.fresh(shape[at : at + 1], "ranks") if len(shape) == len(source) else ()
+    ranks = t.fresh(shape[at : at + 1], reason) if len(shape) == len(source) else ()
     out = (*source[:at], *ranks, *source[at + 1 :])
     return [out, out]
 
