@@ -8,6 +8,7 @@ import operator
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from math import lcm, prod
 
@@ -15,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from slivo.errors import CaptureError, ShapeError
+from slivo.errors import ShapeError, SlivoError
 from slivo.graph import rules
-from slivo.graph.capture import capture
+from slivo.graph.capture import Capture, capture, output_names
 from slivo.graph.count import Counter, counter
 from slivo.graph.dims import Sum, Term, Var, fix, head, leaves, positions
 from slivo.graph.infer import Inference
@@ -156,18 +157,21 @@ class Graph:
         return macs, counter(axes, ((1, self.inference.tensors[name]) for name in self.parameters))
 
 
-def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
+def trace(model: nn.Module, example_inputs: ExampleInputs, *, free: Sequence[str] = ()) -> Graph:
     """Find the axes of a model: what can be cut, and who moves together.
 
     Args:
         model: Any module that PyTorch can capture; it is left as it was.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        free: Globs over outputs that nobody needs in their sizes: ``output``, ``output.1`` of a tuple,
+            ``output.last_hidden_state`` of a mapping. The others keep theirs.
 
     Returns:
         The graph. The network's inputs and outputs keep their sizes: their axes are fixed.
 
     Raises:
         CaptureError: If the model does not run on the inputs or cannot be captured.
+        SlivoError: If a glob matches no output.
 
     Example:
         >>> import torch
@@ -178,9 +182,10 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
         >>> graph.count({"0 out": 4})
         (28, 35)
     """
-    inference = Inference(capture(model, example_inputs))
+    captured = capture(model, example_inputs)
+    inference = Inference(captured, free=_free(captured, free))
     inference.run()
-    _learn_from_training(model, example_inputs, inference)
+    _learn_from_training(model, example_inputs, inference, free)
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in inference.tensors}
     inference.parameters = tuple(parameters)
     inference.ties.extend(_shared_attributes(model, inference))
@@ -215,6 +220,15 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     )
 
 
+def _free(captured: Capture, globs: Sequence[str]) -> frozenset[int]:
+    """Return the numbers of the outputs that globs match."""
+    names = output_names(captured) if globs else []
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise SlivoError(f"{glob!r} matches no output of the model; it gives out {', '.join(names[:8])}")
+    return frozenset(i for i, name in enumerate(names) if any(fnmatchcase(name, glob) for glob in globs))
+
+
 def _named(ties: Iterable[frozenset[Var]], names: Mapping[Var, str]) -> tuple[frozenset[str], ...]:
     """Name the axes of ties; those that have no members need no size."""
     named = (frozenset(names[axis] for axis in tie if axis in names) for tie in ties)
@@ -229,15 +243,18 @@ def _freeze_unreached(inference: Inference, unreached: bool) -> None:
                 fix(term, "the code asks for values, and the example inputs do not reach all of the parameters")
 
 
-def _learn_from_training(model: nn.Module, example_inputs: ExampleInputs, inference: Inference) -> None:
+def _learn_from_training(
+    model: nn.Module, example_inputs: ExampleInputs, inference: Inference, free: Sequence[str]
+) -> None:
     """Add what is known of parts that run in training only, such as auxiliary classifiers; they are cut along."""
     if all(name in inference.tensors for name, _ in model.named_parameters()):
         return
     try:
         captured = capture(model, example_inputs, training=True)
-    except CaptureError:
+        freed = _free(captured, free)
+    except SlivoError:
         return
-    more = Inference(captured, tensors=inference.tensors)
+    more = Inference(captured, tensors=inference.tensors, free=freed)
     more.run()
     inference.facts.extend(more.facts)
     inference.ties.extend(more.ties)

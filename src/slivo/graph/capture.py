@@ -95,6 +95,17 @@ def _storage(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
+def output_names(captured: Capture) -> list[str]:
+    """Return the names of a graph's outputs: ``output``, ``output.1`` of a tuple, ``output.logits`` of a mapping."""
+    spec = captured.graph.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    numbered = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+
+    def name(key: Any) -> str:
+        return str(next(getattr(key, kind) for kind in ("key", "idx", "name") if hasattr(key, kind)))
+
+    return [".".join(["output", *map(name, path)]) for path, _ in pytree.tree_flatten_with_path(numbered)[0]]
+
+
 def canonical_names(model: nn.Module) -> dict[str, str]:
     """Return for every name of every parameter and buffer the first name that the same tensor has."""
     first: dict[int, str] = {}

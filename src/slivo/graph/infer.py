@@ -103,7 +103,8 @@ class Mark:
 class Inference:
     """What is known while a graph is walked; rules read and extend it.
 
-    With a boundary, the inputs and outputs of the graph keep their sizes; a part of a network has none.
+    With a boundary, the inputs and outputs of the graph keep their sizes, but for outputs (by number) that are free; a
+    part of a network has none.
     """
 
     capture: Capture
@@ -121,6 +122,7 @@ class Inference:
     ordered: dict[Term, Term] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
     boundary: bool = True
+    free: frozenset[int] = frozenset()
     node: fx.Node = field(init=False)
     read_marks: set[fx.Node] = field(default_factory=set)
 
@@ -231,9 +233,11 @@ class Inference:
 
     def _give_out(self, node: fx.Node) -> None:
         """Fix what leaves the network, or a part: the sizes of the one, and the order in what is told by number."""
-        for dims in _tensors([self.dims[each] for each in node.all_input_nodes]) if self.boundary else ():
-            for term in dims:
-                fix(term, "an output of the network")
+        outputs = list(flatten_leaves(node.args)) if self.boundary else []
+        for number, each in enumerate(outputs):
+            for dims in _tensors(self.dims[each]) if isinstance(each, fx.Node) and number not in self.free else ():
+                for term in dims:
+                    fix(term, "an output of the network")
         self._fix_told(node)
 
     def inline(self, module: Any, arguments: Sequence[Any]) -> list[Dims | None]:
@@ -374,13 +378,20 @@ def elementwise(t: Inference, operands: Sequence[Any], shape: Sequence[int]) -> 
     return tuple(term if term.size == size else var(size) for term, size in zip(out, shape, strict=True))
 
 
+def flatten_leaves(argument: Any) -> Iterator[Any]:
+    """Yield what lists of lists hold, in order."""
+    if isinstance(argument, list | tuple):
+        for each in argument:
+            yield from flatten_leaves(each)
+    else:
+        yield argument
+
+
 def flatten_args(*arguments: Any) -> Iterator[Any]:
     """Yield the nodes among arguments, lists included."""
-    for argument in arguments:
-        if isinstance(argument, fx.Node):
-            yield argument
-        elif isinstance(argument, list | tuple):
-            yield from flatten_args(*argument)
+    for leaf in flatten_leaves(arguments):
+        if isinstance(leaf, fx.Node):
+            yield leaf
 
 
 def _pointwise(t: Inference, *args: Any, **kwargs: Any) -> Dims:

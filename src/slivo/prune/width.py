@@ -31,6 +31,7 @@ def prune(
     only: Sequence[str] = (),
     exclude: Sequence[str] = (),
     now: Sequence[str] = (),
+    free: Sequence[str] = (),
     min_width: float | int = 0.1,
     round_to: int = 1,
     batches: Iterable[Any] | None = None,
@@ -48,6 +49,7 @@ def prune(
         exclude: Globs over axis names and module paths; axes in which a matching module takes part are not cut.
         now: Globs as ``only``, to cut one part of the network after the other: the budget is planned over all axes
             that ``only`` and ``exclude`` leave, but only those that match are cut by this call.
+        free: Globs over outputs whose sizes may change, as in `slivo.trace`: features of a backbone, say.
         min_width: Least size of an axis that is cut: a share, or a count (an int).
         round_to: Sizes that change become multiples of this.
         batches: For criteria of the gradient: what ``loss`` is called with.
@@ -68,7 +70,7 @@ def prune(
         >>> small[0].out_features, net[0].out_features
         (16, 32)
     """
-    graph = trace(model, example_inputs)
+    graph = trace(model, example_inputs, free=free)
     found = plan(
         model, example_inputs, keep=keep, criterion=criterion, scope=scope, only=only, exclude=exclude, now=now,
         min_width=min_width, round_to=round_to, batches=batches, loss=loss, graph=graph,
@@ -86,6 +88,7 @@ def plan(
     only: Sequence[str] = (),
     exclude: Sequence[str] = (),
     now: Sequence[str] = (),
+    free: Sequence[str] = (),
     min_width: float | int = 0.1,
     round_to: int = 1,
     batches: Iterable[Any] | None = None,
@@ -108,7 +111,7 @@ def plan(
         >>> cut(net, torch.randn(2, 8), found)[0].out_features
         16
     """
-    graph = graph or trace(model, example_inputs)
+    graph = graph or trace(model, example_inputs, free=free)
     axes = [
         axis
         for axis in select(graph, only=only, exclude=exclude)
@@ -125,13 +128,21 @@ def plan(
     )
 
 
-def cut(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, graph: Graph | None = None) -> nn.Module:
+def cut(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    plan: Plan,
+    *,
+    free: Sequence[str] = (),
+    graph: Graph | None = None,
+) -> nn.Module:
     """Return a smaller model, cut by a plan.
 
     Args:
         model: The model the plan was made for, or one with the same axes; left untouched.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         plan: What stays; from `plan`, or `Plan.read`.
+        free: As for `prune`.
         graph: What `slivo.trace` said of the model; traced here if None.
 
     Returns:
@@ -141,7 +152,7 @@ def cut(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, graph: G
         CaptureError: If the model does not run on the inputs or cannot be captured.
         ShapeError: If the model has not the plan's axes, or they may not be cut so.
     """
-    graph = graph or trace(model, example_inputs)
+    graph = graph or trace(model, example_inputs, free=free)
     kept = plan.fit(graph)
     slices = plan_slices(graph, kept)
     with sharing():
