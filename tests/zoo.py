@@ -544,11 +544,12 @@ class KeepingBlock(CoupledAttention):
     def __init__(self, width: int, heads: int, conv: nn.Conv1d):
         super().__init__(width, heads)
         self.register_buffer("places", torch.zeros(1), persistent=False)
-        self.conv = conv
+        self.conv, self.gate, self.back = conv, nn.Linear(width, 24), nn.Linear(12, width)
 
     def forward(self, x, flag: bool = True):
         if len(self.places) != x.shape[1]:
             self.places = torch.arange(x.shape[1], dtype=x.dtype)
+        x = x + self.back(F.glu(self.gate(x)).reshape(*x.shape[:2], 12))
         return super().forward(x + 0.1 * self.conv(x.mT).mT * self.places[:, None], flag)
 
 

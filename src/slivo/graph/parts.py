@@ -13,6 +13,7 @@ from torch import fx, nn
 from slivo.errors import SlivoError
 from slivo.graph.axes import Graph
 from slivo.graph.capture import Capture, canonical_names, evaluating
+from slivo.graph.dims import Var, head
 from slivo.graph.infer import Inference
 from slivo.graph.inputs import Call
 from slivo.graph.program import Program, Rewrite, build, describe_inputs, imitate_inputs, inputs_of, rewrites
@@ -52,7 +53,9 @@ def plan_part(
     tensors, variables = copy.deepcopy((tensors, [graph.variables[axis] for axis in keep]))
     inference = Inference(captured, tensors=tensors, boundary=False)
     inference.run()
-    kept = {variable: len(stays) for variable, stays in zip(variables, keep.values(), strict=True)}
+    # What the module says of itself may have made two axes one.
+    now = [head(variable) for variable in variables]
+    kept = {each: len(stays) for each, stays in zip(now, keep.values(), strict=True) if isinstance(each, Var)}
     return captured, Program(inputs, tuple(rewrites(inference, kept, inputs_of(inference))))
 
 
