@@ -12,6 +12,7 @@ from zoo import build
 
 import slivo
 from slivo import edits
+from slivo.graph.copies import duplicate
 
 
 @pytest.mark.parametrize("name", ["AmbiguousAttributes", "SizesReadOff", "Halves", "ComplexRotary", "stacked_lstm"])
@@ -52,6 +53,23 @@ def test_a_search_leaves_no_tensors_without_values():
     small = slivo.prune(model, inputs, keep=slivo.Budget(params=0.6), scope="uniform")
     assert not any(tensor.is_meta for each in (model, small) for tensor in each.buffers())
     assert error(outputs(model, inputs), before) == 0
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_attention_alone_is_replaced_in_an_encoder(layers):
+    """The encoder reads numbers off its attention, and has a fused way past it that knows nothing of a cut."""
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(6, 16), nn.TransformerEncoder(layer, layers, enable_nested_tensor=False))
+    model, x = nn.Sequential(*model, nn.Linear(16, 3)).eval(), torch.randn(2, 5, 6)
+    small = slivo.prune(model, x, keep=slivo.Budget(macs=0.5), scope="uniform")
+    replaced = [name for name, module in small.named_modules() if isinstance(module, fx.GraphModule)]
+    assert replaced == [f"1.layers.{number}.self_attn" for number in range(layers)]
+    for each in (small, duplicate(small)):
+        attention = each.get_submodule(replaced[0])
+        assert attention.batch_first is True
+        with torch.no_grad():
+            quick = each(x)
+        assert torch.equal(quick, small(x).detach())
 
 
 def test_parts_can_be_cut_again():

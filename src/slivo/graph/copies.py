@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import fx, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,3 +48,40 @@ def keep_persistence_(new: nn.Module, old: nn.Module) -> None:
         if path in modules:
             held = modules[path]._non_persistent_buffers_set
             held |= module._non_persistent_buffers_set & modules[path]._buffers.keys()
+
+
+def stand_for_(graph: fx.GraphModule, module: nn.Module) -> None:
+    """Have a graph show what code around it may read of the module whose place it takes; its copies do so too.
+
+    These are numbers, strings and the like, such as ``batch_first``, and which buffers stay out of checkpoints.
+    """
+    shown = {path: _plain(each) for path, each in module.named_modules(remove_duplicate=False)}
+    absent = {path: each._non_persistent_buffers_set for path, each in graph.named_modules(remove_duplicate=False)}
+    show = functools.partial(_show_, shown=shown, absent=absent)
+    show(graph)
+    graph._register_deepcopy_hook(show)
+
+
+def _show_(graph: nn.Module, shown: Mapping[str, Mapping[str, Any]], absent: Mapping[str, set[str]]) -> None:
+    for path, module in graph.named_modules(remove_duplicate=False):
+        module._non_persistent_buffers_set |= absent.get(path, set()) & module._buffers.keys()
+        for name, value in shown.get(path, {}).items():
+            setattr(module, name, value)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    found = {name: value for name, value in vars(module).items() if name not in _OWN and _is_plain(value)}
+    if "_qkv_same_embed_dim" in found:
+        # PyTorch's fused encoder layer computes attention itself, by the widths that there were, unless this is so.
+        found["_qkv_same_embed_dim"] = False
+    return found
+
+
+_OWN = {*vars(fx.GraphModule(nn.Module(), fx.Graph())), *dir(fx.GraphModule)}
+"""What graphs have of their own."""
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

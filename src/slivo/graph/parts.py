@@ -13,6 +13,7 @@ from torch import fx, nn
 from slivo.errors import SlivoError
 from slivo.graph.axes import Graph
 from slivo.graph.capture import Capture, canonical_names, evaluating
+from slivo.graph.copies import stand_for_
 from slivo.graph.dims import Var, head
 from slivo.graph.infer import Inference
 from slivo.graph.inputs import Call
@@ -85,7 +86,9 @@ def _imitated(module: nn.Module, inputs: Any) -> Call:
 
 def put_(model: nn.Module, name: str, graph: fx.GraphModule) -> None:
     """Put a graph in a module's place, in the mode that the module is in."""
-    training = model.get_submodule(name).training
+    module = model.get_submodule(name)
+    training = module.training
+    stand_for_(graph, module)
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, graph.train(training))
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import fx, nn
 
 from slivo.errors import ShapeError
 from slivo.graph.axes import Graph
 from slivo.graph.capture import canonical_names
+from slivo.graph.copies import stand_for_
 from slivo.graph.dims import Term, Var, head, positions, size_after
 from slivo.graph.infer import Fact
 from slivo.graph.parts import FORWARD, program, replace_
@@ -143,3 +144,7 @@ def perform_(model: nn.Module, slices: Slices, attributes: Attributes) -> None:
             if attribute != FORWARD:
                 old = getattr(modules[name], attribute, None)
                 setattr(modules[name], attribute, tuple(value) if isinstance(old, tuple) else value)
+    for name in replaced:
+        graph = model.get_submodule(name)
+        if isinstance(graph, fx.GraphModule):
+            stand_for_(graph, modules[name])
