@@ -94,7 +94,7 @@ def notes(rows: Sequence[Row], machine: str) -> list[str]:
         "",
         *listed(
             sorted((row for row in rows if row.seconds is not None), key=lambda row: -(row.seconds or 0))[:10],
-            lambda row: True,
+            lambda _: True,
             lambda row: f"{row.seconds:.1f} s, {(row.params or 0) / 1e6:.0f} M parameters",
         ),
     ]
