@@ -13,15 +13,15 @@ from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from slivo.errors import CaptureError, ShapeError
 from slivo.graph import rules
-from slivo.graph.capture import capture
+from slivo.graph.capture import capture, check_call
 from slivo.graph.count import Counter, counter
 from slivo.graph.dims import Sum, Term, Var, fix, head, leaves, positions
 from slivo.graph.infer import Inference
-from slivo.graph.inputs import ExampleInputs, as_args
+from slivo.graph.inputs import ExampleInputs, batch_size
 
 _ = rules  # the rules register themselves when they are imported
 
@@ -172,6 +172,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
         >>> graph.count({"0 out": 4})
         (28, 35)
     """
+    check_call(model, example_inputs)
     inference = Inference(capture(model, example_inputs))
     inference.run()
     _learn_from_training(model, example_inputs, inference)
@@ -182,7 +183,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Graph:
     ties = _ties(inference)
     members = _members(inference, parameters)
     names = _names(members, inference)
-    batch = _batch(example_inputs)
+    batch = batch_size(example_inputs)
     macs = _macs(inference)
     axes = tuple(
         Axis(
@@ -255,6 +256,8 @@ def _members(inference: Inference, parameters: Container[str]) -> dict[Var, list
         tensors = [member.tensor for member in where]
         if axis.fixed is None and not any(tensor in parameters for tensor in tensors):
             axis.fixed = "no parameter has it"
+        if axis.fixed is None and not axis.size:
+            axis.fixed = "has no positions"
         if axis.fixed is None and len(set(tensors)) < len(tensors) and _overlaps(where):
             axis.fixed = "occurs in two dimensions of one tensor that are cut apart"
     return {axis: where for axis, where in members.items() if "window" not in (axis.fixed or "")}
@@ -326,14 +329,6 @@ def _shared_attributes(model: nn.Module, inference: Inference) -> list[tuple[Ter
         if len(terms) > 1 and held <= 1:
             ties.append(tuple(terms))
     return ties
-
-
-def _batch(example_inputs: ExampleInputs) -> int:
-    args, kwargs = as_args(example_inputs)
-    for value in [*args, *kwargs.values()]:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return max(1, int(value.shape[0]))
-    return 1
 
 
 def _names(members: Mapping[Var, Sequence[Member]], inference: Inference) -> dict[Var, str]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from slivo.graph import ExampleInputs, as_args, trace
-from slivo.graph.capture import evaluating
+from slivo.graph import ExampleInputs, trace
+from slivo.graph.capture import trying
+from slivo.graph.inputs import fresh
 from slivo.measure.cost import cost
 from slivo.measure.latency import latency
 
@@ -52,13 +53,13 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 2
     """
     share = trace(model, example_inputs).prunable_macs
     counted = cost(model, example_inputs)
-    args, kwargs = as_args(example_inputs)
+    args, kwargs = fresh(example_inputs)
 
     def run() -> None:
         model(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    with evaluating(model), torch.inference_mode():
+    with trying(model), torch.inference_mode():
         p50, _ = latency(run, repeats=repeats, warmup=3)
     return Inspection(counted.params, counted.macs, counted.size_bytes, p50, share)
