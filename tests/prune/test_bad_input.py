@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,9 +139,13 @@ def test_what_is_no_model_is_told(name: str) -> None:
         refused(call, *told, kind=CaptureError)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*Sparse CSR:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Sparse CSR:UserWarning")
 def test_tensors_and_code_that_cannot_be_cut_are_told() -> None:
     refused(lambda: slivo.trace(torch.jit.trace(net(), X), X), "torch.jit", "the torch.nn.Module that it was made from")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch is about to give it up, for many reasons that it all says
+        dynamic = torch.ao.quantization.quantize_dynamic(net(), {nn.Linear})
+    refused(lambda: slivo.trace(dynamic, X), "module '0' is quantized by torch.ao", "prune the model first")
     inside = nn.Sequential(nn.Linear(8, 8), torch.jit.trace(net(), X))
     refused(lambda: slivo.trace(inside, X), "module '1' is compiled by torch.jit")
     sparse = net()
@@ -151,7 +156,15 @@ def test_tensors_and_code_that_cannot_be_cut_are_told() -> None:
     refused(lambda: slivo.prune(made, X, keep=HALF), "0.weight was made in torch.inference_mode", "outside")
     empty = net().to("meta")
     assert len(slivo.trace(empty, X).prunable) == 2
-    refused(lambda: slivo.prune(empty, X, keep=HALF), "meta device", "load the weights")
+    found = plan(net(), X, keep=HALF)
+    for call in (
+        lambda: slivo.prune(empty, X, keep=HALF),
+        lambda: cut(empty, X, found),
+        lambda: slivo.inspect(empty, X),
+        lambda: drop(residual().to("meta"), X, keep=HALF),
+        lambda: keep_tokens(language().to("meta"), IDS, [1]),
+    ):
+        refused(call, "has no values, it is on the meta device", "load the model's weights", kind=CaptureError)
 
 
 def test_what_python_cannot_copy_is_named() -> None:
@@ -173,10 +186,16 @@ class Keywords(nn.Module):
         return self.net(x) * scale
 
 
+class ByName(Keywords):
+    def forward(self, given: dict[str, Tensor]) -> Tensor:
+        return self.net(given["x"])
+
+
 def test_keywords_are_checked_by_the_model() -> None:
     model = Keywords()
     assert slivo.prune(model, {"x": X, "scale": 2.0}, keep=HALF)(x=X).shape == (2, 4)
     refused(lambda: slivo.prune(model, {"scale": 1.0}, keep=HALF), "'x'", "scale=float", kind=CaptureError)
+    refused(lambda: slivo.prune(ByName(), ({"y": X},), keep=HALF), "({y: float32[2, 8]}): KeyError 'x'")
     refused(lambda: slivo.prune(model, {"x": X, "y": X}, keep=HALF), "'y'", "y=float32[2, 8]", kind=CaptureError)
     refused(lambda: slivo.prune(model, X, keep=HALF), "positional", kind=CaptureError)
 
@@ -241,10 +260,9 @@ def test_inputs_of_other_kinds_are_right() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("make", [net, images], ids=lambda make: make.__name__)
-def test_half_precision_is_cut_as_its_twin(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
-    model = make().to(dtype).eval()
-    x = (X if make is net else torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))).to(dtype)
+def test_half_precision_is_cut_as_its_twin(dtype: torch.dtype) -> None:
+    model = images().to(dtype).eval()
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
     twin = copy.deepcopy(model).float()
     assert slivo.trace(model, x).count({}) == slivo.trace(twin, x.float()).count({})
     found = plan(model, x, keep=HALF)
@@ -463,7 +481,8 @@ def test_nothing_cannot_be_kept() -> None:
         small = slivo.prune(model, X, keep=slivo.Budget(macs=0.1), min_width=0)
         assert min(each.out_features for each in small if isinstance(each, nn.Linear)) >= 1
         everything = plan(model, X, keep=HALF)
-        refused(lambda: type(everything)(everything.sizes, {"0 out": ()}), "a plan keeps one or more of them")
+        for kept in ((), (0.5,)):
+            refused(lambda kept=kept: type(everything)(everything.sizes, {"0 out": kept}), "a plan keeps one or more")
 
 
 # -------------------------------------------------------------------------------------------------------- options
@@ -510,7 +529,7 @@ def test_globs_that_cancel_out_are_told() -> None:
     told = ("only=['0'] and exclude=['0'] leave no axis", "without them there are '0 out', '2 out'")
     refused(lambda: slivo.prune(net(), X, keep=HALF, only=["0"], exclude=["0"]), *told)
     refused(lambda: slivo.prune(net(), X, keep=HALF, only=["4"]), "only=['4'] leave no axis")
-    refused(lambda: slivo.prune(Wrap(lambda x: None) and nn.Identity(), X, keep=HALF), "it has no weights")
+    refused(lambda: slivo.prune(nn.Identity(), X, keep=HALF), "it has no weights")
 
 
 def test_a_share_of_nothing_is_no_budget() -> None:
@@ -557,6 +576,30 @@ def test_whatever_mode_the_caller_is_in() -> None:
             small = slivo.prune(model, X.clone(), keep=HALF, criterion="taylor", batches=[X.clone()], loss=loss)
         small(X).sum().backward()  # it can be trained on
         assert torch.equal(small(X), expected(X))
+
+
+def test_batches_are_many() -> None:
+    for batches in (X, 5, "x", {"x": X}):
+        for call in (
+            lambda b=batches: drop(residual(), X, keep=HALF, batches=b),
+            lambda b=batches: slivo.prune(net(), X, keep=HALF, criterion="snip", batches=b, loss=torch.sum),
+        ):
+            refused(call, "batches is ", "as batches=[batch]")
+    refused(lambda: slivo.prune(net(), X, keep=HALF, criterion="snip", batches=[X], loss="mse"), "loss is 'mse'")
+
+
+def test_weights_of_eight_bits_are_scored() -> None:
+    class Eight(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            rows = torch.randn(8, 16).to(torch.float8_e4m3fn)
+            self.rows, self.last = nn.Parameter(rows, requires_grad=False), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((x @ self.rows.float()).relu())
+
+    small = slivo.prune(Eight(), X, keep=HALF)
+    assert (small.rows.dtype, small.rows.shape, small(X).shape) == (torch.float8_e4m3fn, (8, 8), (2, 4))
 
 
 def test_complex_weights_count_with_both_parts() -> None:

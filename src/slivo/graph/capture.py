@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -296,4 +297,7 @@ def _refusal(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, objec
 
 def _reason(error: Exception) -> str:
     """Return the first line of what an exception says, or its name if it says nothing."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = str(error).strip().partition("\n")[0]
+    if not said or isinstance(error, KeyError):  # whose words are the key alone
+        said = f"{type(error).__name__} {said}".strip()
+    return textwrap.shorten(said, 240, placeholder=" …")

@@ -38,6 +38,8 @@ def check_model(model: object) -> None:
             raise CaptureError(
                 f"{where} is compiled by torch.jit, whose code is fixed; give the torch.nn.Module that it was made from"
             )
+        if type(module).__module__.startswith("torch.ao.nn.quantized"):
+            raise CaptureError(f"module {path!r} is quantized by torch.ao; prune the model first, and quantize it then")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
@@ -51,3 +53,20 @@ def check_model(model: object) -> None:
                 f"{name} was made in torch.inference_mode, where PyTorch captures nothing; make the model outside of "
                 "it, or under torch.no_grad"
             )
+
+
+def check_values(model: nn.Module) -> None:
+    """Look whether a model's tensors have values.
+
+    Raises:
+        CaptureError: If one is on the meta device, where there are shapes alone.
+
+    Example:
+        >>> check_values(nn.Linear(2, 3, device="meta"))
+        Traceback (most recent call last):
+            ...
+        slivo.errors.CaptureError: weight has no values, it is on the meta device; load the model's weights first
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise CaptureError(f"{name} has no values, it is on the meta device; load the model's weights first")

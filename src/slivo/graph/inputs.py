@@ -63,6 +63,8 @@ def describe(args: tuple[object, ...], kwargs: dict[str, object]) -> str:
     def one(value: object) -> str:
         if isinstance(value, Tensor):
             return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        if isinstance(value, Mapping):
+            return "{" + ", ".join(f"{key}: {one(each)}" for key, each in value.items()) + "}"
         return type(value).__name__
 
     return ", ".join([*map(one, args), *(f"{key}={one(value)}" for key, value in kwargs.items())])

@@ -9,6 +9,7 @@ from torch import nn
 
 from slivo.graph import ExampleInputs, trace
 from slivo.graph.capture import trying
+from slivo.graph.checks import check_values
 from slivo.graph.inputs import fresh
 from slivo.measure.cost import cost
 from slivo.measure.latency import latency
@@ -52,6 +53,7 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 2
         (67, 56, 1.0)
     """
     share = trace(model, example_inputs).prunable_macs
+    check_values(model)
     counted = cost(model, example_inputs)
     args, kwargs = fresh(example_inputs)
 

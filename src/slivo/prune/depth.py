@@ -17,11 +17,12 @@ from slivo.edits.drop import Drop
 from slivo.errors import ShapeError, SlivoError, TargetError
 from slivo.graph.blocks import Block, blocks
 from slivo.graph.capture import check_call, check_runs, trying
+from slivo.graph.checks import check_values
 from slivo.graph.inputs import ExampleInputs, fresh
 from slivo.graph.program import tensors_of
 from slivo.measure import cost
 from slivo.prune.budget import Budget, check_budget
-from slivo.prune.options import listed
+from slivo.prune.options import check_batches, listed
 
 
 def drop(
@@ -60,7 +61,10 @@ def drop(
         1
     """
     check_budget(keep)
+    if batches is not None:
+        check_batches(batches)
     check_call(model, example_inputs)
+    check_values(model)
     found = _selected(blocks(model, example_inputs), listed(only, "only"), listed(exclude, "exclude"))
     worth = influence(model, found, [example_inputs] if batches is None else batches)
     order = sorted(found, key=lambda block: worth[block.module])

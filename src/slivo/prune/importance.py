@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 from slivo.errors import SlivoError
 from slivo.graph import Axis, Graph, Member
 from slivo.graph.capture import evaluating
+from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
 from slivo.prune.criteria import Criterion
+from slivo.prune.options import check_batches, said
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch)``: a scalar, the mean over the batch's samples."""
@@ -48,6 +50,7 @@ def importance(
         SlivoError: If the criterion needs batches or a loss that are not given, the loss is not computed from the
             model, or a score is not a finite number; names the tensor that is at fault.
     """
+    check_values(model)
     parameters = set(graph.parameters)
     members = {axis.name: _chosen(axis, parameters, criterion) for axis in axes}
     scores: dict[str, Tensor] = {}
@@ -75,14 +78,16 @@ def _passes(
     """Yield the weights, and for each batch their gradients if the criterion needs them."""
     held = dict(model.named_parameters(remove_duplicate=False))
     used = sorted({member.tensor for chosen in members.values() for member in chosen})
-    for name in used:
-        if held[name].is_meta:
-            raise SlivoError(f"{name} has no values, it is on the meta device; load the weights before they are scored")
     if not criterion.needs_grads:
         yield {name: value.detach() for name, value in held.items()}, None
         return
     if batches is None or loss is None:
         raise SlivoError(f"criterion {criterion.name!r} needs gradients: give batches=… and loss=…")
+    check_batches(batches)
+    if not callable(loss):
+        raise SlivoError(
+            f"loss is {said(loss)}; give a function, loss(model, batch), that returns a tensor of one number"
+        )
     # A copy, because parameters may be frozen and gradients may be in use.
     with torch.inference_mode(False):
         twin = duplicate(model).requires_grad_(True)
@@ -112,8 +117,8 @@ def _matrix(members: Sequence[Member], tensors: Mapping[str, Tensor]) -> Tensor:
     rows = []
     for member in members:
         tensor = tensors[member.tensor].movedim(member.dim, 0)
-        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        tensor = tensor.float() if tensor.dtype.itemsize < 4 else tensor
         rows.append(tensor[torch.from_numpy(member.index)].flatten(1))
     return torch.cat(rows, dim=1)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+
+from torch import Tensor
 
 from slivo.errors import SlivoError, TargetError
 
@@ -17,6 +19,16 @@ def said(value: object) -> str:
     """
     written = repr(value)
     return written if len(written) <= 40 else f"of type {type(value).__name__}"
+
+
+def check_batches(batches: object) -> None:
+    """Look whether something is batches, and not one batch.
+
+    Raises:
+        SlivoError: If it is not.
+    """
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor | str | Mapping):
+        raise SlivoError(f"batches is {said(batches)}; give a list of batches or a loader, as batches=[batch]")
 
 
 def check_widths(min_width: object, round_to: object) -> None:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from slivo import edits
 from slivo.errors import ShapeError, SlivoError
 from slivo.graph import Axis, Graph, plan_slices, settle, trace
+from slivo.graph.checks import check_values
 from slivo.graph.infer import operator_name
 from slivo.graph.inputs import Call, ExampleInputs, fresh
 from slivo.prune.options import listed, said
@@ -54,6 +55,7 @@ def keep_tokens(
     """
     kept = _ids(tokens)
     graph = trace(model, example_inputs)
+    check_values(model)
     found = [graph[name] for name in listed(axes, "axes")] if axes else _vocabulary(graph)
     names = {axis.name for axis in found}
     freed = replace(graph, axes=tuple(replace(axis, fixed=None) if axis.name in names else axis for axis in graph.axes))

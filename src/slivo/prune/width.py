@@ -13,6 +13,7 @@ from slivo import edits
 from slivo.errors import ShapeError, SlivoError
 from slivo.graph import Axis, Graph, plan_slices, settle, trace
 from slivo.graph.capture import check_repeats
+from slivo.graph.checks import check_values
 from slivo.graph.config import plan_config
 from slivo.graph.inputs import Call, ExampleInputs, fresh
 from slivo.graph.twins import sharing
@@ -147,6 +148,7 @@ def cut(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, graph: G
             f"the plan is of type {type(plan).__name__}; give what plan(…), Plan(…) or Plan.read(…) returned"
         )
     graph = graph or trace(model, example_inputs)
+    check_values(model)
     kept = plan.fit(graph)
     slices = plan_slices(graph, kept)
     with sharing():
