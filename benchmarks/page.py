@@ -1,4 +1,6 @@
-"""Write the documentation's page of what was measured, from files that `coverage.py --json` wrote::
+"""Write the documentation's page of what was measured, from files that `coverage.py --json` wrote.
+
+For example::
 
     python benchmarks/page.py torchvision.json timm.json rest.json > docs/networks.md
 
@@ -17,12 +19,14 @@ from row import Row
 
 TEXT = """# Which networks
 
-Whether a network can be pruned is measured, not promised. `benchmarks/coverage.py` takes every classification, segmentation, detection and
-video network of torchvision, the smallest member of each module of timm, the architectures of transformers, Keras models on PyTorch,
-and small networks that were made to be difficult. Each is used as it comes, with random weights and without a word of
-configuration: its axes are found, half of its MACs are pruned, and the result is checked. All of this has to be right:
+Whether a network can be pruned is measured, not promised. `benchmarks/coverage.py` takes every classification,
+segmentation, detection and video network of torchvision, the smallest member of each module of timm, the architectures
+of transformers, Keras models on PyTorch, and small networks that were made to be difficult. Each is used as it comes,
+with random weights and without a word of configuration: its axes are found, half of its MACs are pruned, and the result
+is checked. All of this has to be right:
 
-- The network is captured, and permuting **each** prunable axis in all of its members changes the outputs, in float64, by 1e-9 at most.
+- The network is captured, and permuting **each** prunable axis in all of its members changes the outputs, in float64,
+  by 1e-9 at most.
 - No more than 51 % of the MACs are left, counted by operator in the pruned network.
 - It runs, gives out what it gave out before in shape and type, and trains: every parameter that had a gradient has one.
 - Modules hold the sizes that their weights have.
@@ -55,7 +59,7 @@ def main() -> int:
 def table(rows: Sequence[Row]) -> list[str]:
     """Write a line for each source."""
     lines = [
-        "| source | pass | largest permutation error | median share of MACs that can be reached | median seconds | Torch-Pruning |",
+        "| source | pass | largest permutation error | MACs that can be reached, median | seconds, median | Torch-Pruning |",
         "|---|---|---|---|---|---|",
     ]
     for source in dict.fromkeys(row.source for row in rows):
@@ -65,7 +69,8 @@ def table(rows: Sequence[Row]) -> list[str]:
         worst = max((row.permutation for row in mine if row.permutation is not None), default=None)
         lines.append(
             f"| {source} | {sum(row.passed for row in mine)} of {len(mine)} | {number(worst, '.0e')} "
-            f"| {middle((row.prunable_macs for row in mine), '.2f')} | {middle((row.seconds for row in mine), '.1f')} | {peer} |"
+            f"| {middle((row.prunable_macs for row in mine), '.0%')} "
+            f"| {middle((row.seconds for row in mine), '.1f')} | {peer} |"
         )
     return lines
 
@@ -73,9 +78,9 @@ def table(rows: Sequence[Row]) -> list[str]:
 def notes(rows: Sequence[Row], machine: str) -> list[str]:
     """Write what the table leaves out."""
     return [
-        f"Measured on {machine}; seconds are those of one processor, to trace, plan and cut, the checks of `slivo.prune` by running "
-        "included. The last column is Torch-Pruning 1.6 in the same run, all widths by half; it passes if the result runs forward "
-        "and backward and is smaller.",
+        f"Measured on {machine}; seconds are those of one processor, to trace, plan and cut, the checks of\n"
+        "`slivo.prune` by running included. The last column is Torch-Pruning 1.6 in the same run, all widths by half; it\n"
+        "passes if the result runs forward and backward and is smaller.",
         "",
         *[f"- {line}" for line in verdicts(rows)],
         "",
@@ -85,8 +90,8 @@ def notes(rows: Sequence[Row], machine: str) -> list[str]:
         "",
         "## What runs as a graph",
         "",
-        "Where the code of a module holds sizes that cannot be mended (a width of attention that is taken from the width of its input), its "
-        "captured graph takes the module's place; `slivo.prune` says so in a warning.",
+        "Where the code of a module holds sizes that cannot be mended (a width of attention that is taken from the width\n"
+        "of its input), its captured graph takes the module's place.",
         "",
         *(listed(rows, lambda row: bool(row.graphs), lambda row: kinds(row.graphs or [])) or ["Nothing."]),
         "",

@@ -14,6 +14,7 @@ import typer
 from slivo.errors import OutputError, RecipeError, SlivoError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from slivo.recipe import Loaded, Result
@@ -44,7 +45,10 @@ Args = Annotated[
 Inputs = Annotated[
     list[str] | None,
     typer.Option(
-        "--input", metavar="SHAPE", help="Shape of an input with its batch, as 2,3,224,224.", show_default=False
+        "--input",
+        metavar="SHAPE",
+        help="Shape of an input with its batch, as 2,3,224,224; of another dtype than the network's, as 2,16:int64.",
+        show_default=False,
     ),
 ]
 Model = Annotated[
@@ -307,7 +311,7 @@ def _model(reference: str, args: Sequence[str], shapes: Sequence[str]) -> tuple[
 
     values = dict(_key_value(arg) for arg in args)
     network = made(named(reference, values), 0).eval()
-    wanted = [(_shape(text), torch.float32) for text in shapes]
+    wanted = [_shape(text, _dtype(network)) for text in shapes]
     if not wanted and Path(reference).is_dir():
         noted = artifact.read(reference)["meta"].get("inputs", ())
         wanted = [(tuple(each["shape"]), getattr(torch, each["dtype"])) for each in noted]
@@ -331,11 +335,27 @@ def _key_value(text: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _dtype(network: nn.Module) -> torch.dtype:
+    """Return the floating dtype that a network computes in, for inputs of which none is said."""
+    import torch
+
+    found = (each.dtype for each in network.parameters() if each.is_floating_point())
+    return next(found, torch.float32)
+
+
+def _shape(text: str, otherwise: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+    """Read a shape, and a dtype if one is said."""
+    import torch
+
+    written, colon, name = text.partition(":")
+    dtype = getattr(torch, name, None) if colon else otherwise
     try:
-        sizes = tuple(int(part) for part in text.replace("x", ",").split(","))
+        sizes = tuple(int(part) for part in written.replace("x", ",").split(","))
     except ValueError:
         sizes = ()
-    if not sizes or min(sizes) < 1:
-        raise typer.BadParameter(f"{text!r} is no shape; write sizes with commas, as 2,3,224,224", param_hint="--input")
-    return sizes
+    if not sizes or min(sizes) < 1 or not isinstance(dtype, torch.dtype):
+        raise typer.BadParameter(
+            f"{text!r} is no shape; write sizes with commas, as 2,3,224,224, and a dtype as 2,16:int64",
+            param_hint="--input",
+        )
+    return sizes, dtype

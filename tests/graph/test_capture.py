@@ -8,8 +8,8 @@ from torch import nn
 
 import slivo
 from slivo.errors import CaptureError
-from slivo.graph.capture import canonical_names, capture, describe, evaluating
-from slivo.graph.inputs import Call, as_args
+from slivo.graph.capture import canonical_names, capture, evaluating
+from slivo.graph.inputs import Call, as_args, describe
 
 
 class Keywords(nn.Module):

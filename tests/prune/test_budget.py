@@ -120,7 +120,7 @@ def test_a_budget_needs_something():
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"round_to": 0}, "round_to is 0"), ({"min_width": -1}, "min_width -1"), ({"scope": "best"}, "'best'")],
+    [({"round_to": 0}, "round_to is 0"), ({"min_width": -1}, "min_width is -1"), ({"scope": "best"}, "'best'")],
 )
 def test_options_out_of_range(graph, options, told):
     with pytest.raises(SlivoError, match=told):

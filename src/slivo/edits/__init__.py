@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
+import torch
 from torch import fx, nn
 
 from slivo.edits.cut import Cut
@@ -75,7 +76,8 @@ def apply(model: nn.Module, edit: Edit) -> nn.Module:
         >>> record(small) == (cut,)
         True
     """
-    return replay(duplicate(model), (edit,))
+    with torch.inference_mode(False):  # tensors made in it could never be trained
+        return replay(duplicate(model), (edit,))
 
 
 def replay(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from slivo import edits
 from slivo.edits.cut import Cut
 from slivo.errors import ShapeError
+from slivo.graph.checks import check_model
 
 Optim = TypeVar("Optim", bound=Optimizer)
 
@@ -45,6 +46,10 @@ def follow(optimizer: Optim, old: nn.Module, new: nn.Module) -> Optim:
         >>> follow(adam, net, small).state[small[0].weight]["exp_avg"].shape
         torch.Size([4, 4])
     """
+    for model in (old, new):
+        check_model(model)
+    if not isinstance(optimizer, Optimizer):
+        raise ShapeError(f"the optimizer is of type {type(optimizer).__name__}; give the torch.optim.Optimizer itself")
     names = {parameter: name for name, parameter in old.named_parameters()}
     parameters, cuts = dict(new.named_parameters()), _between(old, new)
     made = copy.copy(optimizer)
@@ -61,7 +66,8 @@ def follow(optimizer: Optim, old: nn.Module, new: nn.Module) -> Optim:
             trained.append(parameters[name])
             if parameter in optimizer.state:
                 made.state[parameters[name]] = {
-                    key: _sliced(value, parameter, name, cuts) for key, value in optimizer.state[parameter].items()
+                    key: _sliced(value, parameter, name, cuts, parameters[name])
+                    for key, value in optimizer.state[parameter].items()
                 }
         made.param_groups.append({**group, "params": trained})
     return made
@@ -76,11 +82,16 @@ def _between(old: nn.Module, new: nn.Module) -> list[Cut]:
     return [edit for edit in added if isinstance(edit, Cut)]
 
 
-def _sliced(value: Any, parameter: Tensor, name: str, cuts: list[Cut]) -> Any:
+def _sliced(value: Any, parameter: Tensor, name: str, cuts: list[Cut], new: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return copy.deepcopy(value)
     if value.shape == parameter.shape and value.dim():
         for cut in cuts:
             for dim, kept in cut.slices.get(name, {}).items():
                 value = value.index_select(dim, torch.as_tensor(kept, device=value.device))
+        if value.shape != new.shape:
+            raise ShapeError(
+                f"{name} has shape {list(new.shape)} in the new model, not {list(value.shape)}; give what slivo.prune "
+                "returned for the old one"
+            )
     return value.detach().clone()

@@ -14,15 +14,15 @@ from math import lcm, prod
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from slivo.errors import ShapeError, SlivoError
 from slivo.graph import rules
-from slivo.graph.capture import Capture, capture, output_names
+from slivo.graph.capture import Capture, capture, check_call, output_names
 from slivo.graph.count import Counter, counter
 from slivo.graph.dims import Sum, Term, Var, fix, head, leaves, positions
 from slivo.graph.infer import Inference
-from slivo.graph.inputs import ExampleInputs, as_args
+from slivo.graph.inputs import ExampleInputs, batch_size
 
 _ = rules  # the rules register themselves when they are imported
 
@@ -182,6 +182,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, *, free: Sequence[str
         >>> graph.count({"0 out": 4})
         (28, 35)
     """
+    check_call(model, example_inputs)
     captured = capture(model, example_inputs)
     inference = Inference(captured, free=_free(captured, free))
     inference.run()
@@ -193,7 +194,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, *, free: Sequence[str
     ties = _ties(inference)
     members = _members(inference, parameters)
     names = _names(members, inference)
-    batch = _batch(example_inputs)
+    batch = batch_size(example_inputs)
     macs, limits = _macs(inference), _limits(inference)
     axes = tuple(
         Axis(
@@ -279,6 +280,8 @@ def _members(inference: Inference, parameters: Container[str]) -> dict[Var, list
         tensors = [member.tensor for member in where]
         if axis.fixed is None and not any(tensor in parameters for tensor in tensors):
             axis.fixed = "no parameter has it"
+        if axis.fixed is None and not axis.size:
+            axis.fixed = "has no positions"
         if axis.fixed is None and len(set(tensors)) < len(tensors) and _overlaps(where):
             axis.fixed = "occurs in two dimensions of one tensor that are cut apart"
     return {axis: where for axis, where in members.items() if "window" not in (axis.fixed or "")}
@@ -371,14 +374,6 @@ def _shared_attributes(model: nn.Module, inference: Inference) -> list[tuple[Ter
         if len(terms) > 1 and held <= 1:
             ties.append(tuple(terms))
     return ties
-
-
-def _batch(example_inputs: ExampleInputs) -> int:
-    args, kwargs = as_args(example_inputs)
-    for value in [*args, *kwargs.values()]:
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return max(1, int(value.shape[0]))
-    return 1
 
 
 def _names(members: Mapping[Var, Sequence[Member]], inference: Inference) -> dict[Var, str]:

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from slivo.graph.capture import capture, evaluating
+from slivo.graph.capture import capture, trying
 from slivo.graph.infer import operator_name
-from slivo.graph.inputs import ExampleInputs, as_args
+from slivo.graph.inputs import ExampleInputs, fresh
 
 _KEEPING = {
     "add", "add_", "alias", "batch_norm", "clone", "contiguous", "dropout", "dropout_", "gelu", "getitem",
@@ -54,6 +53,7 @@ def blocks(model: nn.Module, example_inputs: ExampleInputs) -> list[Block]:
         CaptureError: If the model does not run on the inputs or cannot be captured.
 
     Example:
+        >>> import torch
         >>> from slivo.zoo import small_cnn
         >>> [block.module for block in blocks(small_cnn(width=4), torch.zeros(2, 1, 8, 8))]
         ['stage1.3', 'stage2.3', 'stage3.3']
@@ -150,9 +150,9 @@ def _called(model: nn.Module, example_inputs: ExampleInputs, found: Mapping[str,
         )
         for name, shape in found.items()
     ]
-    args, kwargs = as_args(example_inputs)
+    args, kwargs = fresh(example_inputs)
     try:
-        with evaluating(model), torch.no_grad():
+        with trying(model):
             model(*args, **kwargs)
     finally:
         for handle in handles:

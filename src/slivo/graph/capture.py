@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from slivo.errors import CaptureError
-from slivo.graph.copies import keep_persistence_
-from slivo.graph.inputs import ExampleInputs, as_args
+from slivo.graph.checks import check_model
+from slivo.graph.copies import computed, keep_persistence_
+from slivo.graph.inputs import Call, ExampleInputs, as_args, batch_size, describe, fresh
 
 _log = logging.getLogger("slivo")
 
@@ -53,6 +55,7 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
     Raises:
         CaptureError: If the model does not accept the inputs, or PyTorch cannot capture it.
     """
+    check_model(model)
     args, kwargs = as_args(example_inputs)
     real, refused = not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]), False
     with evaluating(model, training=training), torch.no_grad(), quiet():
@@ -136,6 +139,25 @@ def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def trying(model: nn.Module) -> Iterator[None]:
+    """Have a model evaluate without gradients, and its buffers be as before afterwards, whatever its code does."""
+    kept = [
+        (module._buffers, name, buffer, None if buffer.is_meta else buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    with evaluating(model), torch.no_grad():
+        try:
+            yield
+        finally:
+            for held, name, buffer, value in kept:
+                held[name] = buffer
+                if value is not None and not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Keep PyTorch's warnings, and the tracebacks that it logs of what it then raises, from the user."""
 
@@ -155,17 +177,6 @@ def quiet() -> Iterator[None]:
             handler.removeFilter(silent)
 
 
-def describe(args: tuple[object, ...], kwargs: dict[str, object]) -> str:
-    """Say in a few words what a model was called with, for messages."""
-
-    def one(value: object) -> str:
-        if isinstance(value, Tensor):
-            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-        return type(value).__name__
-
-    return ", ".join([*map(one, args), *(f"{key}={one(value)}" for key, value in kwargs.items())])
-
-
 def _imagined(
     model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[nn.Module, tuple[object, ...], dict[str, object]]:
@@ -180,7 +191,7 @@ def _imagined(
         for each in tensors:
             if isinstance(each, nn.Parameter):
                 empty[id(each)] = nn.Parameter(empty[id(each)], requires_grad=each.requires_grad)
-        copied = copy.deepcopy(model, dict(empty))
+        copied = copy.deepcopy(model, computed(model) | empty)
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda each: torch.empty(each.shape, dtype=each.dtype, device="cpu"), (args, kwargs)
         )
@@ -231,15 +242,72 @@ def _values_of_parameters() -> Iterator[None]:
 
 def _explain(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], error: Exception) -> CaptureError:
     """Tell a call that the model itself rejects from one that only the capture rejects."""
-    given = describe(args, kwargs)
-    name = type(model).__name__
-    try:
-        model(*args, **kwargs)
-    except Exception as failure:
-        reason = str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-        return CaptureError(
-            f"{name} fails on the example inputs ({given}): {reason}. Give inputs of the shapes and dtypes "
-            "that the model is used with"
+    refused = _refusal(model, args, kwargs)
+    return refused or CaptureError(
+        f"{type(model).__name__} cannot be captured as a graph with inputs ({describe(args, kwargs)}): {_reason(error)}"
+    )
+
+
+def check_call(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Look whether something is a model, and whether example inputs are any.
+
+    Raises:
+        CaptureError: If it is no model, or there is no sample in the batch.
+    """
+    check_model(model)
+    batch_size(example_inputs)
+
+
+def check_runs(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Run a model once on inputs: a capture knows shapes alone, and passes ids beyond a table and some wrong dtypes.
+
+    Raises:
+        CaptureError: If it fails on them.
+    """
+    check_model(model)
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        return
+    refused = _refusal(model, *as_args(example_inputs))
+    if refused is not None:
+        raise refused
+
+
+def check_repeats(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Run a model twice, as it is when a cut is tried.
+
+    Raises:
+        CaptureError: If it fails, or gives out something else at the second call.
+    """
+    check_runs(model, example_inputs)
+    args, kwargs = fresh(example_inputs)
+    with trying(model):
+        # What is given out may be what was given in, or be changed by the next call.
+        first, last = (pytree.tree_map_only(Tensor, Tensor.clone, model(*args, **kwargs)) for _ in range(2))
+    pairs = zip(pytree.tree_leaves(first), pytree.tree_leaves(last), strict=False)
+    if any(isinstance(one, Tensor) and not torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in pairs):
+        raise CaptureError(
+            f"{type(model).__name__} gives out something else at each call, in evaluation mode too, so that no cut of "
+            "it can be checked; let it draw no random numbers, and change neither its inputs nor its buffers in place"
         )
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CaptureError(f"{name} cannot be captured as a graph with inputs ({given}): {reason}")
+
+
+def _refusal(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> CaptureError | None:
+    """Run a model; return what is to be said if it fails."""
+    copied, named = fresh(Call(args, kwargs))
+    try:
+        with trying(model):
+            model(*copied, **named)
+    except Exception as failure:
+        return CaptureError(
+            f"{type(model).__name__} fails on the example inputs ({describe(args, kwargs)}): {_reason(failure)}. "
+            "Give inputs of the shapes, dtypes and devices that the model is used with"
+        )
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what an exception says, or its name if it says nothing."""
+    said = str(error).strip().partition("\n")[0]
+    if not said or isinstance(error, KeyError):  # whose words are the key alone
+        said = f"{type(error).__name__} {said}".strip()
+    return textwrap.shorten(said, 240, placeholder=" …")

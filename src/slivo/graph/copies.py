@@ -8,7 +8,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from slivo.errors import SlivoError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -20,15 +23,26 @@ def duplicate(model: Model, *, share: bool = False) -> Model:
         model: Any module.
         share: Whether the copy holds the model's own parameters, where the model lets it.
 
+    Raises:
+        SlivoError: If the model holds something that Python cannot copy; names it.
+
     Example:
         >>> net = nn.Linear(2, 3)
         >>> duplicate(net).weight is net.weight, duplicate(net, share=True).weight is net.weight
         (False, True)
     """
-    memo = {id(parameter): parameter for parameter in model.parameters()} if share else {}
+    memo = computed(model)
+    if share:
+        memo |= {id(parameter): parameter for parameter in model.parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # copies of captured graphs warn of PyTorch's own code
-        new = copy.deepcopy(model, memo)
+        try:
+            new = copy.deepcopy(model, memo)
+        except Exception as error:
+            raise SlivoError(
+                f"{_holder(model)} cannot be copied ({error}), and only copies of a model are changed; take it off the "
+                "model, or leave it out of copies by __getstate__"
+            ) from error
     keep_persistence_(new, model)
     # Keras copies a model by its description, and counts names on.
     for old, made in zip(model.modules(), new.modules(), strict=False):
@@ -39,6 +53,28 @@ def duplicate(model: Model, *, share: bool = False) -> Model:
                 tensors.clear()
                 tensors.update(zip(names, values, strict=True))
     return new
+
+
+def computed(model: nn.Module) -> dict[int, Tensor]:
+    """Return copies of the tensors that a model computed and keeps, by their identity, as `copy.deepcopy` takes them.
+
+    PyTorch refuses to copy those that know how they were computed: the weights that old-style weight norm and masks
+    make anew at each call, activations that a module remembers. A copy of the values is all that anyone needs of them.
+    """
+    kept = (value for module in model.modules() for value in pytree.tree_leaves(vars(module)))
+    return {id(each): each.detach().clone() for each in kept if isinstance(each, Tensor) and not each.is_leaf}
+
+
+def _holder(model: nn.Module) -> str:
+    """Say which attribute of which module cannot be copied."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                try:
+                    copy.deepcopy(value, computed(model))
+                except Exception:
+                    return f"{f'{path}.' if path else ''}{name}, a {type(value).__name__},"
+    return f"the model, a {type(model).__name__},"
 
 
 def keep_persistence_(new: nn.Module, old: nn.Module) -> None:

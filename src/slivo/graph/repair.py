@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from slivo.errors import ShapeError
 from slivo.graph.axes import Graph
-from slivo.graph.capture import canonical_names, evaluating
+from slivo.graph.capture import canonical_names, check_runs, evaluating
 from slivo.graph.copies import duplicate
 from slivo.graph.inputs import ExampleInputs, as_args
 from slivo.graph.mend import changed, mend_
@@ -43,6 +43,7 @@ def settle(
         the model's code holds sizes that cannot be mended. A warning is logged then.
 
     Raises:
+        CaptureError: If the model itself fails on the inputs.
         ShapeError: If neither runs; the model is then not to be cut so.
     """
     slices = plan_slices(graph, keep)
@@ -52,6 +53,7 @@ def settle(
     live = duplicate(model, share=True)  # a cut makes parameters anew
     perform_(live, slices, attributes)
     if isinstance(expected, Exception):
+        check_runs(model, example_inputs)
         # The graph's own sizes are not all known; the live model may know better.
         found = _run(live, args, kwargs)
         if isinstance(found, Exception):

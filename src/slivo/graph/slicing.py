@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from slivo.errors import ShapeError
 
@@ -48,6 +51,20 @@ def cut_(model: nn.Module, slices: Slices) -> None:
         for module, attribute, kind in owners[id(tensors[name])]:
             getattr(module, kind)[attribute] = new
             _replace_in_lists_(module, tensors[name], new)
+    for module in {id(owner): owner for name in tensors for owner, _, _ in owners[id(tensors[name])]}.values():
+        _compute_anew_(module)
+
+
+def _compute_anew_(module: nn.Module) -> None:
+    """Have the weights that old-style norms and masks compute at each call be of the new shape before the first."""
+    with torch.no_grad():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                setattr(module, hook.name, hook.compute_weight(module))
+            elif isinstance(hook, SpectralNorm):
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
+            elif isinstance(hook, BasePruningMethod):
+                setattr(module, hook._tensor_name, hook.apply_mask(module))  # type: ignore[no-untyped-call]
 
 
 def _replace_in_lists_(module: nn.Module, old: Tensor, new: Tensor) -> None:

@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from slivo.edits.quantize import QuantizedLayer
-from slivo.graph import ExampleInputs, as_args
-from slivo.graph.capture import canonical_names, evaluating
+from slivo.graph import ExampleInputs
+from slivo.graph.capture import canonical_names, trying
+from slivo.graph.inputs import fresh
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ def count_params(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:
     """Return the multiply-accumulates per sample; counted by operator, functional calls and attention included."""
-    args, kwargs = as_args(example_inputs)
-    with evaluating(model), torch.no_grad(), _plain_kernels(), _frozen(model), _counter() as counter:
+    args, kwargs = fresh(example_inputs)
+    with trying(model), _plain_kernels(), _frozen(model), _counter() as counter:
         model(*args, **kwargs)
     return int(counter.get_total_flops()) // 2 // _batch_size((args, kwargs))
 

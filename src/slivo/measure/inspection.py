@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from slivo.graph import ExampleInputs, as_args, trace
-from slivo.graph.capture import evaluating
+from slivo.graph import ExampleInputs, trace
+from slivo.graph.capture import check_runs, trying
+from slivo.graph.checks import check_values
+from slivo.graph.inputs import fresh
 from slivo.measure.cost import cost
 from slivo.measure.latency import latency
 
@@ -50,15 +52,17 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, *, repeats: int = 2
         >>> seen.params, seen.macs, seen.prunable_macs
         (67, 56, 1.0)
     """
+    check_runs(model, example_inputs)
     share = trace(model, example_inputs).prunable_macs
+    check_values(model)
     counted = cost(model, example_inputs)
-    args, kwargs = as_args(example_inputs)
+    args, kwargs = fresh(example_inputs)
 
     def run() -> None:
         model(*args, **kwargs)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    with evaluating(model), torch.inference_mode():
+    with trying(model), torch.inference_mode():
         p50, _ = latency(run, repeats=repeats, warmup=3)
     return Inspection(counted.params, counted.macs, counted.size_bytes, p50, share)

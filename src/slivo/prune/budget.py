@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, lcm
+from numbers import Integral, Real
 from typing import Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from slivo.errors import TargetError
 from slivo.graph import Axis, Graph
+from slivo.prune.options import check_widths, said
 
 Scope = Literal["global", "uniform"]
 Scores = Mapping[str, NDArray[np.float64]]
@@ -43,24 +45,54 @@ class Budget:
         if self.macs is None and self.params is None:
             raise TargetError("a budget needs macs=… or params=…; a share (0.5 keeps half) or a count")
         for name, value in (("macs", self.macs), ("params", self.params)):
-            if value is not None and (isinstance(value, bool) or not value > 0 or _is_bad_share(value)):
+            if value is not None and not _is_limit(value):
                 raise TargetError(
-                    f"budget {name} is {value!r}; a share above 0 and up to 1.0 (0.5 keeps half) or a count, an int"
+                    f"budget {name} is {said(value)}; a share above 0 and up to 1.0 (0.5 keeps half) or a count, an int"
                 )
 
     def limits(self, *, macs: int, params: int) -> tuple[int, int]:
-        """Return the largest MACs and parameters allowed, for a model that has so many now."""
+        """Return the largest MACs and parameters allowed, for a model that has so many now.
+
+        Raises:
+            TargetError: If it is to keep a share of nothing.
+        """
+        for name, share, whole in (("MACs", self.macs, macs), ("parameters", self.params, params)):
+            if not whole and share is not None and not isinstance(share, Integral) and share < 1:
+                raise TargetError(
+                    f"the budget keeps {share} of the {name}, but on these inputs the model has none; give "
+                    f"{'params' if name == 'MACs' else 'macs'}=… in its place"
+                )
         return _limit(self.macs, macs), _limit(self.params, params)
 
 
-def _is_bad_share(value: float | int) -> bool:
-    return isinstance(value, float) and value > 1.0
+def check_budget(keep: object) -> None:
+    """Look whether something is a budget.
+
+    Raises:
+        TargetError: If it is not; says how one is written.
+
+    Example:
+        >>> check_budget(0.5)
+        Traceback (most recent call last):
+            ...
+        slivo.errors.TargetError: keep is 0.5, no Budget; say what may stay of what: keep=Budget(macs=0.5)
+    """
+    if not isinstance(keep, Budget):
+        share = keep if isinstance(keep, float) and 0 < keep <= 1 else 0.5
+        raise TargetError(f"keep is {said(keep)}, no Budget; say what may stay of what: keep=Budget(macs={share})")
+
+
+def _is_limit(value: object) -> bool:
+    """Tell a share or a count, numpy's included, from what is neither."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return float(value) > 0 and (isinstance(value, Integral) or float(value) <= 1)
 
 
 def _limit(value: float | int | None, whole: int) -> int:
     if value is None:
         return whole
-    return int(value * whole) if isinstance(value, float) else value
+    return int(value) if isinstance(value, Integral) else int(value * whole)
 
 
 @dataclass(frozen=True)
@@ -130,8 +162,7 @@ def allocate(
 
 
 def _groups(graph: Graph, scores: Scores, min_width: float | int, round_to: int) -> list[_Group]:
-    if round_to < 1 or isinstance(min_width, bool) or min_width < 0:
-        raise TargetError(f"round_to is {round_to} and min_width {min_width}; at least 1, and at least 0")
+    check_widths(min_width, round_to)
     sets: dict[str, frozenset[str]] = {name: frozenset([name]) for name in scores}
     for tie in graph.ties:
         joined = frozenset().union(*(sets.get(name, frozenset([name])) for name in tie))
@@ -144,7 +175,7 @@ def _groups(graph: Graph, scores: Scores, min_width: float | int, round_to: int)
         axes = tuple(graph[name] for name in sorted(names))
         order = tuple(np.argsort(scores[axis.name], kind="stable") for axis in axes)
         ranked = np.sum([scores[axis.name][ranks] for axis, ranks in zip(axes, order, strict=True)], axis=0)
-        least = min_width if isinstance(min_width, int) else ceil(min_width * axes[0].size)
+        least = min_width if isinstance(min_width, Integral) else ceil(min_width * axes[0].size)
         multiple = lcm(round_to, *(axis.multiple for axis in axes))
         least = ceil(max(least, *(axis.least for axis in axes)) / multiple) * multiple
         groups.append(_Group(axes, order, ranked, min(least, axes[0].size), multiple))
@@ -223,5 +254,6 @@ def _unmet(graph: Graph, found: tuple[int, int], limits: tuple[int, int]) -> Tar
         if count > limit
     ]
     return TargetError(
-        f"the budget cannot be met: {'; '.join(told)}. Allow more, lower min_width, or leave fewer layers out"
+        f"the budget cannot be met: {'; '.join(told)}. Allow more, lower min_width or round_to, or leave fewer layers "
+        "out"
     )

@@ -50,7 +50,10 @@ class Criterion:
     @property
     def needs_grads(self) -> bool:
         """Whether batches and a loss are needed."""
-        return "grads" in inspect.signature(self.score).parameters
+        try:
+            return "grads" in inspect.signature(self.score).parameters
+        except ValueError:  # functions of PyTorch's own may have no signature
+            return False
 
     @property
     def summary(self) -> str:
@@ -80,6 +83,10 @@ def resolve(which: str | Criterion) -> Criterion:
     """
     if isinstance(which, Criterion):
         return which
+    if callable(which):
+        raise RecipeError(
+            "a function alone is no criterion; say what it scores: slivo.prune.criteria.criterion()(function)"
+        )
     if which not in names():
         raise RecipeError(f"no criterion is called {which!r}; there are {', '.join(names())}")
     found: Criterion = vars(sys.modules[__name__])[which]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from slivo import edits
 from slivo.edits.drop import Drop
 from slivo.errors import ShapeError, SlivoError, TargetError
 from slivo.graph.blocks import Block, blocks
-from slivo.graph.capture import evaluating
-from slivo.graph.inputs import ExampleInputs, as_args
+from slivo.graph.capture import check_call, check_runs, trying
+from slivo.graph.checks import check_values
+from slivo.graph.inputs import ExampleInputs, fresh
 from slivo.graph.program import tensors_of
 from slivo.measure import cost
-from slivo.prune.budget import Budget
+from slivo.prune.budget import Budget, check_budget
+from slivo.prune.options import check_batches, listed
 
 
 def drop(
@@ -56,7 +60,13 @@ def drop(
         >>> sum(type(stage[3]).__name__ == "Skip" for stage in (small.stage1, small.stage2, small.stage3))
         1
     """
-    found = _selected(blocks(model, example_inputs), only, exclude)
+    check_budget(keep)
+    if batches is not None:
+        check_batches(batches)
+    check_call(model, example_inputs)
+    check_runs(model, example_inputs)
+    check_values(model)
+    found = _selected(blocks(model, example_inputs), listed(only, "only"), listed(exclude, "exclude"))
     worth = influence(model, found, [example_inputs] if batches is None else batches)
     order = sorted(found, key=lambda block: worth[block.module])
     whole = cost(model, example_inputs)
@@ -102,30 +112,53 @@ def influence(model: nn.Module, found: Sequence[Block], batches: Iterable[Exampl
         {'0': 0.0}
     """
     sums: dict[str, list[Tensor]] = {block.module: [] for block in found}
+    entered: dict[str, list[Tensor]] = {block.module: [] for block in found}
 
-    def note(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        before = args[block.argument] if isinstance(block.argument, int) else kwargs[block.argument]
-        after = output if block.outputs is None else output[block.index]
-        cosine = F.cosine_similarity(before.flatten(1).double(), after.flatten(1).double())
+    def enter(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        stream = args[block.argument] if isinstance(block.argument, int) else kwargs[block.argument]
+        entered[block.module].append(_vectors(stream))
+
+    def leave(block: Block, output: Any) -> None:
+        stream = output if block.outputs is None else output[block.index]
+        cosine = F.cosine_similarity(entered[block.module].pop(), _vectors(stream))
         sums[block.module].append(1 - cosine)
 
-    handles = [
-        model.get_submodule(block.module).register_forward_hook(
-            lambda _, args, kwargs, output, block=block: note(block, args, kwargs, output), with_kwargs=True
-        )
-        for block in found
-    ]
+    handles: list[RemovableHandle] = []
+    for block in found:
+        module = model.get_submodule(block.module)
+        handles += [
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs, block=block: enter(block, args, kwargs), with_kwargs=True
+            ),
+            module.register_forward_hook(lambda _, __, output, block=block: leave(block, output)),
+        ]
     try:
-        with evaluating(model), torch.no_grad():
-            for batch in batches:
-                args, kwargs = as_args(batch)
-                model(*args, **kwargs)
+        for batch in batches:
+            check_runs(model, batch)
     finally:
         for handle in handles:
             handle.remove()
     if not all(sums.values()):
         raise SlivoError("there are no batches to measure the influence of blocks on; give one at least")
-    return {name: max(0.0, float(torch.cat(values).mean())) for name, values in sums.items()}
+    means = {name: float(torch.cat(values).mean()) for name, values in sums.items()}
+    for name, mean in means.items():
+        if not isfinite(mean):
+            raise SlivoError(f"what passes through {name} is no finite number: {_infinite(model)}")
+    return {name: max(0.0, mean) for name, mean in means.items()}
+
+
+def _vectors(stream: Tensor) -> Tensor:
+    """Return each sample as one vector; a copy, because a block may add to its input in place."""
+    stream = stream.unsqueeze(0) if stream.dim() < 2 else stream
+    return stream.flatten(1).to(torch.float64, copy=True)
+
+
+def _infinite(model: nn.Module) -> str:
+    """Say which weight is at fault."""
+    for name, tensor in model.named_parameters():
+        if not bool(tensor.isfinite().all()):
+            return f"{name} holds NaN or infinite values; repair or retrain the model"
+    return "the batches hold NaN or infinite values, or the activations overflow; give others, or use a wider dtype"
 
 
 def _selected(found: Sequence[Block], only: Sequence[str], exclude: Sequence[str]) -> list[Block]:
@@ -153,8 +186,12 @@ def _without(model: nn.Module, dropped: Sequence[Block]) -> nn.Module:
 
 def _check(model: nn.Module, dropped: nn.Module, example_inputs: ExampleInputs) -> None:
     """Run both, and compare what they give out."""
-    args, kwargs = as_args(example_inputs)
-    with evaluating(model), evaluating(dropped), torch.no_grad():
-        before, after = ([tuple(each.shape) for each in tensors_of(net(*args, **kwargs))] for net in (model, dropped))
+    before, after = (_shapes(net, example_inputs) for net in (model, dropped))
     if before != after:
         raise ShapeError(f"without its blocks the model gives out {after}, not {before}; exclude the last ones")
+
+
+def _shapes(model: nn.Module, example_inputs: ExampleInputs) -> list[tuple[int, ...]]:
+    args, kwargs = fresh(example_inputs)
+    with trying(model):
+        return [tuple(each.shape) for each in tensors_of(model(*args, **kwargs))]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,7 +49,8 @@ class Plan:
     def __post_init__(self) -> None:
         for name, kept in self.keep.items():
             size = self.sizes.get(name, 0)
-            if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= size:
+            whole = all(isinstance(each, Integral) for each in kept)
+            if not kept or not whole or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= size:
                 raise ShapeError(
                     f"axis {name!r} has {size} positions; a plan keeps one or more of them, each once and ascending, "
                     f"not {list(kept)[:8]}"

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from slivo import edits
 from slivo.errors import ShapeError, SlivoError
 from slivo.graph import Axis, Graph, plan_slices, settle, trace
+from slivo.graph.checks import check_values
+from slivo.graph.capture import check_runs
 from slivo.graph.infer import operator_name
-from slivo.graph.inputs import Call, ExampleInputs, as_args
+from slivo.graph.inputs import Call, ExampleInputs, fresh
+from slivo.prune.options import listed, said
 
 
 def keep_tokens(
@@ -49,9 +54,11 @@ def keep_tokens(
         >>> torch.equal(small(torch.tensor([[0, 1, 3]])), net(torch.tensor([[5, 7, 99]]))[..., [5, 7, 11, 99]])
         True
     """
+    kept = _ids(tokens)
+    check_runs(model, example_inputs)
     graph = trace(model, example_inputs)
-    found = [graph[name] for name in axes] if axes else _vocabulary(graph)
-    kept = sorted(int(token) for token in tokens)
+    check_values(model)
+    found = [graph[name] for name in listed(axes, "axes")] if axes else _vocabulary(graph)
     names = {axis.name for axis in found}
     freed = replace(graph, axes=tuple(replace(axis, fixed=None) if axis.name in names else axis for axis in graph.axes))
     cut = dict.fromkeys(names, kept)
@@ -64,6 +71,25 @@ def keep_tokens(
         for name, index in paddings.items():
             attributes.setdefault(name, {})["padding_idx"] = index
     return edits.apply(model, edits.Cut(slices, attributes, cut, program))
+
+
+def _ids(tokens: Sequence[int]) -> list[int]:
+    """Return ids in ascending order.
+
+    Raises:
+        ShapeError: If they are no whole numbers, one after the other.
+    """
+    given = tokens.tolist() if isinstance(tokens, Tensor | np.ndarray) else tokens
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise ShapeError(f"tokens is {said(given)}; give the ids to keep, as [0, 5, 7] or range(1000)")
+    ids = list(given)
+    for each in ids:
+        if isinstance(each, bool) or not isinstance(each, Integral):
+            raise ShapeError(
+                f"tokens hold {said(each)}, a {type(each).__name__}; give the ids to keep as ints in one list (of a "
+                "mask, mask.nonzero().flatten())"
+            )
+    return sorted(map(int, ids))
 
 
 def _vocabulary(graph: Graph) -> list[Axis]:
@@ -95,7 +121,7 @@ def _renumbered(graph: Graph, example_inputs: ExampleInputs, found: Sequence[Axi
     table = torch.zeros(found[0].size, dtype=torch.int64)
     table[torch.tensor(kept)] = torch.arange(len(kept))
     ids = {_placeholder(indices) for weight, indices in _lookups(graph) if weight in tables}
-    leaves, spec = pytree.tree_flatten(as_args(example_inputs))
+    leaves, spec = pytree.tree_flatten(fresh(example_inputs))
     given = [node for node in graph.inference.capture.graph.graph.nodes if node.op == "placeholder"]
     new = [table[leaf] if node in ids else leaf for node, leaf in zip(given, leaves, strict=True)]
     args, kwargs = pytree.tree_unflatten(new, spec)

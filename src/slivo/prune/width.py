@@ -10,14 +10,17 @@ from typing import Any
 from torch import nn
 
 from slivo import edits
-from slivo.errors import SlivoError
+from slivo.errors import ShapeError, SlivoError
 from slivo.graph import Axis, Graph, plan_slices, settle, trace
+from slivo.graph.capture import check_repeats
+from slivo.graph.checks import check_values
 from slivo.graph.config import plan_config
-from slivo.graph.inputs import ExampleInputs
+from slivo.graph.inputs import Call, ExampleInputs, fresh
 from slivo.graph.twins import sharing
 from slivo.prune import criteria
-from slivo.prune.budget import Budget, Scope, allocate
+from slivo.prune.budget import Budget, Scope, allocate, check_budget
 from slivo.prune.importance import Loss, importance
+from slivo.prune.options import check_widths, listed
 from slivo.prune.plans import Plan
 
 
@@ -70,6 +73,8 @@ def prune(
         >>> small[0].out_features, net[0].out_features
         (16, 32)
     """
+    check_budget(keep)
+    check_widths(min_width, round_to)
     graph = trace(model, example_inputs, free=free)
     found = plan(
         model, example_inputs, keep=keep, criterion=criterion, scope=scope, only=only, exclude=exclude, now=now,
@@ -111,6 +116,8 @@ def plan(
         >>> cut(net, torch.randn(2, 8), found)[0].out_features
         16
     """
+    check_budget(keep)
+    check_widths(min_width, round_to)
     graph = graph or trace(model, example_inputs, free=free)
     axes = [
         axis
@@ -152,11 +159,20 @@ def cut(
         CaptureError: If the model does not run on the inputs or cannot be captured.
         ShapeError: If the model has not the plan's axes, or they may not be cut so.
     """
+    if not isinstance(plan, Plan):
+        raise SlivoError(
+            f"the plan is of type {type(plan).__name__}; give what plan(…), Plan(…) or Plan.read(…) returned"
+        )
     graph = graph or trace(model, example_inputs, free=free)
+    check_values(model)
     kept = plan.fit(graph)
     slices = plan_slices(graph, kept)
     with sharing():
-        attributes, program = settle(model, graph, example_inputs, kept)
+        try:
+            attributes, program = settle(model, graph, Call(*fresh(example_inputs)), kept)
+        except ShapeError:
+            check_repeats(model, example_inputs)  # what the model itself cannot do is no fault of the cut
+            raise
         edit = edits.Cut(slices, attributes, kept, program)
         small = edits.apply(model, edit)
         config = plan_config(model, small)
@@ -174,6 +190,7 @@ def select(graph: Graph, *, only: Sequence[str] = (), exclude: Sequence[str] = (
     Raises:
         SlivoError: If a glob matches no axis and no module with weights, or no axis is left.
     """
+    only, exclude = listed(only, "only"), listed(exclude, "exclude")
     for glob in (*only, *exclude):
         if not any(_matches(glob, _places(axis, readers=True)) for axis in graph.axes):
             modules = sorted({name.rpartition(".")[0] for name in graph.parameters})
@@ -185,9 +202,19 @@ def select(graph: Graph, *, only: Sequence[str] = (), exclude: Sequence[str] = (
         and not any(_matches(glob, _places(axis, readers=True)) for glob in exclude)
     ]
     if not left:
-        reasons = sorted({axis.fixed for axis in graph.axes if axis.fixed})
-        raise SlivoError(f"no axis of the model may be cut: {'; '.join(reasons[:3]) or 'it has no weights'}")
+        raise SlivoError(_none_left(graph, only, exclude))
     return left
+
+
+def _none_left(graph: Graph, only: Sequence[str], exclude: Sequence[str]) -> str:
+    """Say why no axis may be cut: because of the model, or of the globs."""
+    free = [axis.name for axis in graph.prunable]
+    if free:
+        globs = " and ".join(f"{what}={list(g)}" for what, g in (("only", only), ("exclude", exclude)) if g)
+        return f"{globs} leave no axis that may be cut; without them there are {', '.join(map(repr, free[:8]))}"
+    reasons = sorted({axis.fixed for axis in graph.axes if axis.fixed})
+    nothing = "no weight of it is used on these inputs" if graph.params else "it has no weights"
+    return f"no axis of the model may be cut: {'; '.join(reasons[:3]) or nothing}"
 
 
 def _part(graph: Graph, kept: dict[str, list[int]], names: set[str]) -> dict[str, list[int]]:
