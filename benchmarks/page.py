@@ -59,7 +59,7 @@ def main() -> int:
 def table(rows: Sequence[Row]) -> list[str]:
     """Write a line for each source."""
     lines = [
-        "| source | pass | largest permutation error | MACs that can be reached, median | seconds, median | Torch-Pruning |",
+        "| source | pass | largest permutation error | MACs in reach, median | seconds, median | Torch-Pruning |",
         "|---|---|---|---|---|---|",
     ]
     for source in dict.fromkeys(row.source for row in rows):
@@ -79,8 +79,8 @@ def notes(rows: Sequence[Row], machine: str) -> list[str]:
     """Write what the table leaves out."""
     return [
         f"Measured on {machine}; seconds are those of one processor, to trace, plan and cut, the checks of\n"
-        "`slivo.prune` by running included. The last column is Torch-Pruning 1.6 in the same run, all widths by half; it\n"
-        "passes if the result runs forward and backward and is smaller.",
+        "`slivo.prune` by running included. The last column is Torch-Pruning 1.6 in the same run, all widths by half;\n"
+        "it passes if the result runs forward and backward and is smaller.",
         "",
         *[f"- {line}" for line in verdicts(rows)],
         "",
@@ -90,8 +90,8 @@ def notes(rows: Sequence[Row], machine: str) -> list[str]:
         "",
         "## What runs as a graph",
         "",
-        "Where the code of a module holds sizes that cannot be mended (a width of attention that is taken from the width\n"
-        "of its input), its captured graph takes the module's place.",
+        "Where the code of a module holds sizes that cannot be mended (a width of attention that is taken from the\n"
+        "width of its input), its captured graph takes the module's place.",
         "",
         *(listed(rows, lambda row: bool(row.graphs), lambda row: kinds(row.graphs or [])) or ["Nothing."]),
         "",

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from slivo import edits
 from slivo.errors import ShapeError, SlivoError
 from slivo.graph import Axis, Graph, plan_slices, settle, trace
-from slivo.graph.checks import check_values
 from slivo.graph.capture import check_runs
+from slivo.graph.checks import check_values
 from slivo.graph.infer import operator_name
 from slivo.graph.inputs import Call, ExampleInputs, fresh
 from slivo.prune.options import listed, said
