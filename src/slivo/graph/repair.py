@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 
 from slivo.errors import ShapeError
 from slivo.graph.axes import Graph
-from slivo.graph.capture import canonical_names, evaluating
+from slivo.graph.capture import canonical_names, capture, evaluating
 from slivo.graph.copies import duplicate
 from slivo.graph.inputs import ExampleInputs, as_args
 from slivo.graph.mend import changed, mend_
 from slivo.graph.parts import calls, describe, plan_part
-from slivo.graph.program import Program, build, describe_inputs, plan_rewrites, tensors_of
+from slivo.graph.program import Program, build, describe_inputs, plan_rewrites, relearn, tensors_of
 from slivo.graph.search import Trial
 from slivo.graph.surgery import perform_, plan_attributes, plan_slices
 
@@ -48,7 +48,7 @@ def settle(
     slices = plan_slices(graph, keep)
     attributes = plan_attributes(model, graph, keep)
     args, kwargs = as_args(example_inputs)
-    expected = _run(build(graph.inference.capture, slices, plan_rewrites(graph, keep, any_batch=False)), args, kwargs)
+    expected = _run(build(graph.inference.capture, slices, plan_rewrites(graph, keep)), args, kwargs)
     live = duplicate(model, share=True)  # a cut makes parameters anew
     perform_(live, slices, attributes)
     if isinstance(expected, Exception):
@@ -68,11 +68,12 @@ def settle(
         for module, attribute, value in settings:
             attributes.setdefault(module, {})[attribute] = value
         return attributes, None
-    program = Program(describe_inputs(example_inputs), tuple(plan_rewrites(graph, keep, any_batch=True)))
-    found = _run(build(graph.inference.capture, slices, program.rewrites), args, kwargs)
-    if not _agree(found, expected):
-        reason = found if isinstance(found, Exception) else "it computes something else"
-        raise ShapeError(f"{type(model).__name__} cannot be cut so, its captured graph takes no other sizes: {reason}")
+    inputs = describe_inputs(example_inputs)
+    captured = capture(model, example_inputs, dynamic=True)
+    program = Program(inputs, tuple(relearn(captured, graph, keep, {each: each for each in captured.tensors.values()})))
+    if not _agree(_run(build(captured, slices, program.rewrites), args, kwargs), expected):
+        # What was expected is what the graph for sizes as the example's computes.
+        program = Program(inputs, tuple(plan_rewrites(graph, keep)), dynamic=False)
     _warn(model, graph, keep)
     return {}, program
 
