@@ -22,7 +22,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._subclasses import fake_tensor
-from torch.fx.experimental import _config, sym_node
+from torch.fx.experimental import _config, proxy_tensor, sym_node
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
@@ -53,6 +53,8 @@ def symbolic_shapes(tensors: Any, dims: int | None) -> torch.export.ShapesCollec
 @contextmanager
 def listening() -> Iterator[Answers]:
     """Note down what Python code asks about symbolic sizes; a size of 1 is one like any other (from PyTorch 2.7 on)."""
+    from torch._dynamo import config  # which takes a second to import, and which export imports anyway
+
     answers: Answers = []
     plain = sym_node.SymNode.bool_
 
@@ -64,6 +66,11 @@ def listening() -> Iterator[Answers]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(sym_node.SymNode, "bool_", answer))
+        # What is kept of operators for their next call takes longer to keep, with symbols, than to find out again; and
+        # how each result lies in memory takes as long again to say, and nobody asks.
+        stack.enter_context(config.patch(fake_tensor_cache_enabled=False))
+        if hasattr(proxy_tensor, "_extract_tensor_metadata"):
+            stack.enter_context(patch.object(proxy_tensor, "_extract_tensor_metadata", lambda *_: None))
         if hasattr(_config, "backed_size_oblivious"):
             stack.enter_context(_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
         yield answers
