@@ -16,6 +16,8 @@ from slivo import edits
 from slivo.errors import ShapeError
 from slivo.graph import plan_slices, settle
 from slivo.graph.capture import capture
+from slivo.graph.program import Program, describe_inputs, recapture
+from slivo.graph.sizes import is_factor, number
 
 
 @pytest.fixture(autouse=True)
@@ -201,3 +203,20 @@ def test_what_cannot_be_followed_for_all_dimensions_is_for_the_batch():
     assert small(torch.randn(3, 5, 6)).shape == (3, 5, 2)
     with pytest.raises(ShapeError, match="dimension 1 of the input x is 7"):
         small(torch.randn(2, 7, 6))
+
+
+def test_factors_are_those_of_all_sizes_not_of_the_example():
+    model, x = build("FlatHeads")
+    values = [node.meta.get("val") for node in capture(model, x, dynamic=True).graph.graph.nodes]
+    sizes = [size for value in values if torch.is_tensor(value) for size in value.shape]
+    rows = next(size for size in sizes if isinstance(size, torch.SymInt) and number(size) == 8)
+    assert is_factor(4, rows)
+    assert not is_factor(8, rows)
+
+
+def test_a_program_for_the_sizes_of_the_example_refuses_others():
+    model, x = build("Mlp")
+    graph = recapture(model, Program(describe_inputs(x), (), dynamic=False)).graph
+    assert error(outputs(graph, x), outputs(model, x)) == 0
+    with pytest.raises(ShapeError, match="dimension 0 of the input"):
+        graph(x[:2])
