@@ -605,3 +605,54 @@ class SelfAttention(nn.Module):
     def forward(self, x):
         x = self.embed(x)
         return self.head(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+@row(2, 5, 6)
+class FlatHeads(nn.Module):
+    """Four heads, a number in forward, laid out along with the batch, whose size is read off that again."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(6, 16)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        q, k, v = (
+            layer(x).view(batch, length, 4, -1).transpose(1, 2).reshape(batch * 4, length, -1)
+            for layer in (self.query, self.key, self.value)
+        )
+        y = (q @ k.mT / 10).softmax(-1) @ v
+        y = y.view(y.shape[0] // 4, 4, length, -1).transpose(1, 2)
+        return self.out(y.reshape(batch, length, -1))
+
+
+class SortedExperts(nn.Module):
+    """Experts that work on tokens sorted by expert; then each token is put back in its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 12)), nn.Parameter(torch.randn(3, 12, 8))
+
+    def forward(self, x, chosen):
+        experts, order = chosen.flatten().sort()
+        rows = x[order // chosen.shape[1]]
+        rows = (F.relu(rows[:, None] @ self.up[experts]) @ self.down[experts])[:, 0]
+        places = torch.empty_like(order)
+        places[order] = torch.arange(order.shape[0])
+        return rows[places].view(x.shape[0], 2, 8).sum(1)
+
+
+@row(2, 5, 6)
+class Experts(nn.Module):
+    """Two of three experts for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.router, self.head = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+        self.experts = SortedExperts()
+
+    def forward(self, x):
+        x = self.embed(x)
+        tokens = x.flatten(0, 1)
+        return self.head(x + self.experts(tokens, self.router(tokens).topk(2).indices).view_as(x))

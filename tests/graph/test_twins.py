@@ -89,7 +89,9 @@ def test_graphs_of_twins_have_their_own_tensors(monkeypatch):
     """The blocks of this network are replaced by graphs: one is captured, and each computes with its own weights."""
     captured = []
     plain = twins.capture
-    monkeypatch.setattr(twins, "capture", lambda module, inputs: captured.append(module) or plain(module, inputs))
+    monkeypatch.setattr(
+        twins, "capture", lambda module, *args, **how: captured.append(module) or plain(module, *args, **how)
+    )
     model, inputs = build("Coupled")
     small = slivo.prune(model, inputs, keep=slivo.Budget(params=0.6), scope="uniform")
     assert len(captured) == 1 < len(small.blocks)

@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import nn
 
-from slivo.graph.capture import capture
 from slivo.graph.config import set_config_
-from slivo.graph.inputs import Call
-from slivo.graph.program import Program, Rewrite, build, imitate_inputs
+from slivo.graph.program import Program, Rewrite, build, recapture
 from slivo.graph.slicing import Slices
 from slivo.graph.surgery import Attributes, perform_
 
@@ -79,16 +76,14 @@ class Cut:
             perform_(model, self.slices, self.attributes)
             set_config_(model, self.config)
             return model
-        device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-        args, kwargs = imitate_inputs(self.program.inputs, device)
-        return build(capture(model, Call(args, kwargs)), self.slices, self.program.rewrites)
+        return build(recapture(model, self.program), self.slices, self.program.rewrites, model)
 
 
 def _program(data: Mapping[str, Any] | None) -> Program | None:
     if data is None:
         return None
     rewrites = (Rewrite(**{**each, "path": tuple(each["path"])}) for each in data["rewrites"])
-    return Program(data["inputs"], tuple(rewrites))
+    return Program(data["inputs"], tuple(rewrites), data["dynamic"])
 
 
 def _runs(indices: Sequence[int]) -> list[list[int]]:

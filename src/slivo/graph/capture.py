@@ -23,6 +23,7 @@ from slivo.errors import CaptureError
 from slivo.graph.checks import check_model
 from slivo.graph.copies import computed, keep_persistence_
 from slivo.graph.inputs import Call, ExampleInputs, as_args, batch_size, describe, fresh
+from slivo.graph.sizes import check_sizes_, listening, symbolic_shapes
 
 _log = logging.getLogger("slivo")
 
@@ -44,13 +45,18 @@ class Capture:
     by_values: bool = False
 
 
-def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False) -> Capture:
+def capture(
+    model: nn.Module, example_inputs: ExampleInputs, *, training: bool = False, dynamic: bool = False
+) -> Capture:
     """Capture the model with `torch.export` (not strict: Python runs as it is).
 
     Args:
         model: Any module; its mode, parameters and buffers are as before afterwards.
         example_inputs: As in `slivo.graph.inputs.as_args`.
         training: Whether it is captured in training mode, in evaluation mode otherwise.
+        dynamic: Whether the graph is to run on inputs of other sizes, too: on all for which the code takes the way that
+            it takes with the example; it refuses others (`slivo.graph.sizes`). Where PyTorch cannot follow the sizes
+            of all dimensions, it runs on other sizes of the first of each input, or on none.
 
     Raises:
         CaptureError: If the model does not accept the inputs, or PyTorch cannot capture it.
@@ -58,15 +64,16 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
     check_model(model)
     args, kwargs = as_args(example_inputs)
     real, refused = not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]), False
-    with evaluating(model, training=training), torch.no_grad(), quiet():
+    # Where in the code each operator stands is of no use here, and takes a fifth of the time.
+    untraced = patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
+    with evaluating(model, training=training), torch.no_grad(), quiet(), untraced:
         given, args, kwargs = (model, args, kwargs) if real else _imagined(model, args, kwargs)
         # Tensors that the code makes are on the CPU too then, whatever the default device is.
         with nullcontext() if real else torch.device("cpu"):
             try:
-                program = torch.export.export(given, args, kwargs, strict=False)
+                module = _export(given, args, kwargs, dynamic=dynamic)
             except Exception as error:
-                program, refused = _with_values(given, args, kwargs, error), True
-        module = program.module(check_guards=False)
+                module, refused = _with_values(given, args, kwargs, error, dynamic=dynamic), True
     if refused and not training:
         _log.warning(
             "the code of %s asks for values of tensors: its graph is the way that the example inputs take through it",
@@ -83,11 +90,28 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, *, training: bool =
     return Capture(graph, {node: first[name] for node, name in fetched.items() if name in first}, refused)
 
 
-def _name_constants_(module: nn.Module) -> None:
+def _export(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], *, dynamic: bool) -> fx.GraphModule:
+    """Export a model, with sizes symbolic as far as PyTorch can follow if it is to be dynamic; others are checked."""
+    for dims in (None, 1) if dynamic else ():
+        try:
+            with listening() as answers:
+                shapes: Any = symbolic_shapes((args, kwargs), dims)
+                program = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+            module = program.module(check_guards=False)
+            check_sizes_(module, answers)
+            return module
+        except Exception as error:  # whatever PyTorch and the model's code raise on symbols
+            _log.debug("%s cannot be captured with symbolic sizes: %s", type(model).__name__, error)
+    module = torch.export.export(model, args, kwargs, strict=False).module(check_guards=False)
+    if dynamic:
+        check_sizes_(module)
+    return module
+
+
+def _name_constants_(module: fx.GraphModule) -> None:
     """Fetch by name what the code reached past the modules, as in Keras, so that export took it for constants."""
-    graph: fx.Graph = module.graph  # type: ignore[assignment]
     named = {_storage(tensor): name for name, tensor in module.named_parameters()}
-    for node in graph.nodes:
+    for node in module.graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith("lifted_tensor"):
             constant = getattr(module, str(node.target))
             if constant.numel() and not constant.is_meta:
@@ -208,8 +232,8 @@ def put_tensors_(graph: nn.Module, model: nn.Module) -> None:
 
 
 def _with_values(
-    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], refused: Exception
-) -> torch.export.ExportedProgram:
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], refused: Exception, *, dynamic: bool
+) -> fx.GraphModule:
     """Capture again with the example's values at hand: code that asks for a value takes the way that the example takes.
 
     Raises:
@@ -220,7 +244,7 @@ def _with_values(
     )
     try:
         with values, _values_of_parameters():
-            return torch.export.export(model, args, kwargs, strict=False)
+            return _export(model, args, kwargs, dynamic=dynamic)
     except Exception:
         raise _explain(model, args, kwargs, refused) from refused
 

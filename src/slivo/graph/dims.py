@@ -9,7 +9,7 @@ solved is *fixed*: never wrong, only less prunable, and it says why.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -322,7 +322,7 @@ def _regroup_block(block: Sequence[Term], wanted: Sequence[int], place: str) -> 
     return out[::-1]
 
 
-def size_after(term: Term, kept: dict[Var, int]) -> int:
+def size_after(term: Term, kept: Mapping[Term, int]) -> int:
     """Return the size of a term once each axis in ``kept`` has the given size."""
     term = head(term)
     if isinstance(term, Var):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from slivo.graph.capture import Capture
-from slivo.graph.decompose import decompose
+from slivo.graph.decompose import decompose, numbers, tensor_inputs
 from slivo.graph.dims import UNIT, Term, fix, head, leaves, unify, var
+from slivo.graph.sizes import number
 
 Dims = tuple[Term, ...]
 Rule = Callable[..., "Dims | list[Dims | None]"]
@@ -234,8 +235,8 @@ class Inference:
     def _give_out(self, node: fx.Node) -> None:
         """Fix what leaves the network, or a part: the sizes of the one, and the order in what is told by number."""
         outputs = list(flatten_leaves(node.args)) if self.boundary else []
-        for number, each in enumerate(outputs):
-            for dims in _tensors(self.dims[each]) if isinstance(each, fx.Node) and number not in self.free else ():
+        for position, each in enumerate(outputs):
+            for dims in _tensors(self.dims[each]) if isinstance(each, fx.Node) and position not in self.free else ():
                 for term in dims:
                     fix(term, "an output of the network")
         self._fix_told(node)
@@ -314,7 +315,7 @@ class Inference:
         found = _rule_of(node.target)
         if found is not None and all(size >= 0 for shape in self.outputs() for size in shape or ()):
             try:
-                result = found(self, *node.args, **node.kwargs)
+                result = found(self, *numbers(node.args), **numbers(node.kwargs))
             except _MISFITS:
                 return self._unknown(node)
             got = result if isinstance(result, list) else [result]
@@ -333,7 +334,7 @@ class Inference:
             if each.op == "get_attr" and "val" not in each.meta:
                 return self._unknown(node)
         literals = len(self.literals)
-        result = self._walk(graph, node.all_input_nodes)
+        result = self._walk(graph, tensor_inputs(node))
         del self.literals[literals:]  # integers that stand in no captured graph
         return result[0] if isinstance(node.meta.get("val"), Tensor) else result
 
@@ -438,7 +439,8 @@ def _shapes(value: Any) -> list[tuple[int, ...] | None]:
 
 def _size(size: int | torch.SymInt) -> int:
     """Return a size as a number; -1 for one that depends on values, which no rule is applied to."""
-    return size if isinstance(size, int) else -1
+    known = number(size)
+    return known if isinstance(known, int) else -1
 
 
 def _tensors(dims: Any) -> Iterator[Dims]:

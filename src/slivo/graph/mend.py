@@ -70,7 +70,7 @@ def _merged(levels: Sequence[Choices]) -> Choices:
 
 def changed(graph: Graph, keep: Mapping[str, Sequence[int]]) -> list[tuple[Literal, int]]:
     """Return the integers of the captured graph that change, each with its new value."""
-    rewrites = {(r.node, r.path): r.value for r in plan_rewrites(graph, keep, any_batch=False)}
+    rewrites = {(r.node, r.path): r.value for r in plan_rewrites(graph, keep)}
     return [
         (literal, rewrites[literal.node.name, literal.path])
         for literal in graph.inference.literals

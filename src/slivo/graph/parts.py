@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,10 +13,8 @@ from slivo.errors import SlivoError
 from slivo.graph.axes import Graph
 from slivo.graph.capture import Capture, canonical_names, evaluating
 from slivo.graph.copies import stand_for_
-from slivo.graph.dims import Var, head
-from slivo.graph.infer import Inference
 from slivo.graph.inputs import Call
-from slivo.graph.program import Program, Rewrite, build, describe_inputs, imitate_inputs, inputs_of, rewrites
+from slivo.graph.program import Program, Rewrite, build, describe_inputs, imitate_call, relearn
 from slivo.graph.twins import capture_once
 
 FORWARD = "forward"
@@ -44,20 +41,12 @@ def plan_part(
     try:
         # As it is captured when the cut is made, when all that is known of its inputs is what they look like.
         inputs = describe_inputs(call)
-        captured = capture_once(module, _imitated(module, inputs), inputs)
+        captured = capture_once(module, imitate_call(inputs, module), inputs)
     except SlivoError:
         return None
     names = canonical_names(model)
-    known = {own: graph.inference.tensors.get(names[f"{name}.{own}"]) for own in captured.tensors.values()}
-    tensors = {own: dims for own, dims in known.items() if dims is not None}
-    # Copies, because what is learned of the module on its own must not change what is known of the model.
-    tensors, variables = copy.deepcopy((tensors, [graph.variables[axis] for axis in keep]))
-    inference = Inference(captured, tensors=tensors, boundary=False)
-    inference.run()
-    # What the module says of itself may have made two axes one.
-    now = [head(variable) for variable in variables]
-    kept = {each: len(stays) for each, stays in zip(now, keep.values(), strict=True) if isinstance(each, Var)}
-    return captured, Program(inputs, tuple(rewrites(inference, kept, inputs_of(inference))))
+    own = {each: names[f"{name}.{each}"] for each in captured.tensors.values()}
+    return captured, Program(inputs, tuple(relearn(captured, graph, keep, own)))
 
 
 def describe(found: Program) -> dict[str, Any]:
@@ -69,19 +58,14 @@ def describe(found: Program) -> dict[str, Any]:
 def program(data: Mapping[str, Any]) -> Program:
     """Rebuild a program from `describe`'s data."""
     found = (Rewrite(**{**each, "path": tuple(each["path"])}) for each in data["rewrites"])
-    return Program(data["inputs"], tuple(found))
+    return Program(data["inputs"], tuple(found), data["dynamic"])
 
 
 def replace_(model: nn.Module, name: str, found: Program) -> None:
     """Put a module's program in its place; its tensors keep their names and are not cut yet."""
     module = model.get_submodule(name)
-    captured = capture_once(module, _imitated(module, found.inputs), found.inputs)
+    captured = capture_once(module, imitate_call(found.inputs, module), found.inputs)
     put_(model, name, build(captured, {}, found.rewrites, module))
-
-
-def _imitated(module: nn.Module, inputs: Any) -> Call:
-    device = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
-    return Call(*imitate_inputs(inputs, device))
 
 
 def put_(model: nn.Module, name: str, graph: fx.GraphModule) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -22,12 +22,15 @@ from torch.utils import _pytree as pytree
 
 from slivo.errors import SlivoError
 from slivo.graph.axes import Graph
-from slivo.graph.capture import Capture, put_tensors_
+from slivo.graph.capture import Capture, capture, put_tensors_
 from slivo.graph.copies import keep_persistence_
-from slivo.graph.dims import Prod, Var, head, size_after
+from slivo.graph.decompose import numbers
+from slivo.graph.dims import Prod, Term, head, product, size_after
 from slivo.graph.infer import Inference
-from slivo.graph.inputs import ExampleInputs, as_args
+from slivo.graph.inputs import Call, ExampleInputs, as_args
+from slivo.graph.sizes import check_sizes_, is_factor
 from slivo.graph.slicing import Slices, cut_
+from slivo.graph.twins import capture_once
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,17 @@ class Rewrite:
     Args:
         block: Name of the block (a ``no_grad`` section, say) whose graph it is; "" for the graph itself.
         node: The node's name.
-        path: Which of the node's arguments, and which entry of it if that is a list.
-        value: The new integer; what is multiplied with the size of an input if there is one. Of several rewrites of
-            one integer the later multiply what the earlier made.
-        batch: The input by the size of one of whose dimensions the value is to be multiplied, or "".
-        dim: Which of its dimensions, the first if it is the batch.
+        path: Which of the node's arguments, and which entry of it if that is a list; () for what the node gives out.
+        value: The new integer.
+        old: What the new integer takes the place of as a factor, if the graph computes the argument from the sizes of
+            its inputs; 0 if the argument is a number.
     """
 
     block: str
     node: str
     path: tuple[int, ...]
     value: int
-    batch: str = ""
-    dim: int = 0
+    old: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,67 +60,93 @@ class Program:
     Args:
         inputs: The example inputs without their values, as `describe_inputs` returns them.
         rewrites: The new integers.
+        dynamic: Whether it is captured for inputs of other sizes, too.
     """
 
     inputs: Any
     rewrites: tuple[Rewrite, ...]
+    dynamic: bool = True
 
 
-def plan_rewrites(graph: Graph, keep: Mapping[str, Sequence[int]], *, any_batch: bool) -> list[Rewrite]:
-    """Find the integers in the captured graph that change when axes are cut.
+def plan_rewrites(graph: Graph, keep: Mapping[str, Sequence[int]]) -> list[Rewrite]:
+    """Find the integers in the graph of a traced model that change when axes are cut.
 
     Args:
         graph: The traced model.
         keep: For each axis to cut, by name, the positions that stay.
-        any_batch: Whether integers that hold the size of the batch are rewritten too, so that the program takes any.
 
     Returns:
         The rewrites, in the graph's order.
     """
-    kept: dict[Var, int] = {graph.variables[name]: len(stays) for name, stays in keep.items()}
-    return rewrites(graph.inference, kept, inputs_of(graph.inference, dims=1) if any_batch else {})
+    return _rewrites(graph.inference, {graph.variables[name]: len(stays) for name, stays in keep.items()})
 
 
-def rewrites(inference: Inference, kept: dict[Var, int], inputs: Mapping[Var, tuple[str, int]]) -> list[Rewrite]:
-    """Find the integers in a captured graph that change.
+def relearn(
+    captured: Capture, graph: Graph, keep: Mapping[str, Sequence[int]], names: Mapping[str, str]
+) -> list[Rewrite]:
+    """Find the integers that change in another graph of a traced model, or in that of a module of it.
 
     Args:
-        inference: What is known of the graph.
-        kept: The new sizes of axes.
-        inputs: Axes whose sizes are read off an input when the program runs: its name and dimension.
+        captured: The other graph.
+        graph: The traced model.
+        keep: For each axis to cut, by name, the positions that stay.
+        names: For each tensor of the other graph its name in the traced model.
 
     Returns:
-        The rewrites, in the graph's order.
+        The rewrites.
+    """
+    known = {own: graph.inference.tensors.get(names[own]) for own in captured.tensors.values()}
+    tensors = {own: dims for own, dims in known.items() if dims is not None}
+    # Copies, because what is learned here must not change what is known of the model.
+    tensors, variables = copy.deepcopy((tensors, [graph.variables[axis] for axis in keep]))
+    inference = Inference(captured, tensors=tensors, boundary=False)
+    inference.run()
+    axes = map(head, variables)  # what was learned here may have bound them to one another
+    return _rewrites(inference, {axis: len(stays) for axis, stays in zip(axes, keep.values(), strict=True)})
+
+
+def _rewrites(inference: Inference, kept: Mapping[Term, int]) -> list[Rewrite]:
+    """Find the integers in a graph that change.
+
+    The graph computes with sizes as if nothing were cut: those that it reads off tensors are brought back to what they
+    were, and what it computes from them is changed where an operator takes it for the size of a dimension.
     """
     blocks = {id(m.graph): name for name, m in _blocks(inference.capture.graph).items()}
     found = []
     for literal in inference.literals:
-        old, new = argument(literal.node, literal.path), size_after(literal.term, kept) + literal.shift
-        if not isinstance(old, int) or old != literal.term.size + literal.shift:
+        given, new = argument(literal.node, literal.path), size_after(literal.term, kept) + literal.shift
+        old = literal.term.size + literal.shift
+        if numbers(given) != old or new == old:
             continue
-        block = blocks[id(literal.node.graph)]
-        term = head(literal.term)
-        factors = [head(each) for each in term.factors] if isinstance(term, Prod) else [term]
-        own = [each for each in factors if isinstance(each, Var) and each in inputs] if not block else []
-        if own:
-            times = new // prod(kept.get(each, each.size) for each in own)
-            for each in own:
-                found.append(Rewrite(block, literal.node.name, literal.path, times, *inputs[each]))
-                times = 1
-        elif new != old:
-            found.append(Rewrite(block, literal.node.name, literal.path, new))
+        place = blocks[id(literal.node.graph)], literal.node.name, literal.path
+        if not isinstance(given, fx.Node):
+            found.append(Rewrite(*place, new))
+        elif change := _change(literal.term, given.meta["val"], kept):
+            found.append(Rewrite(*place, value=change[1], old=change[0]))
+    for node, term in _reads(inference):
+        if change := _change(term, node.meta["val"], kept):
+            found.append(Rewrite(blocks[id(node.graph)], node.name, (), value=change[0], old=change[1]))
     return found
 
 
-def inputs_of(inference: Inference, *, dims: int | None = None) -> dict[Var, tuple[str, int]]:
-    """Map the dimensions of inputs (of each the first few) to the input's name and which of its dimensions it is."""
-    found: dict[Var, tuple[str, int]] = {}
-    for node in inference.capture.graph.graph.nodes:
-        if node.op == "placeholder" and isinstance(inference.dims[node], tuple):
-            for dim, term in enumerate(map(head, inference.dims[node][:dims])):
-                if isinstance(term, Var):
-                    found.setdefault(term, (node.name, dim))
-    return found
+def _reads(inference: Inference) -> Iterator[tuple[fx.Node, Term]]:
+    """Yield the nodes that read a symbolic size off a tensor, each with the dimension that it is."""
+    for block in _blocks(inference.capture.graph).values():
+        for node in block.graph.nodes:
+            if node.target not in (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default):
+                continue
+            dims = inference.dims.get(node.args[0])
+            if isinstance(dims, tuple) and isinstance(node.meta.get("val"), torch.SymInt):
+                yield node, dims[node.args[1]] if len(node.args) > 1 else product(dims)
+
+
+def _change(term: Term, size: torch.SymInt, kept: Mapping[Term, int]) -> tuple[int, int] | None:
+    """Return which factor of a symbolic size becomes which; None if none does, or if it is no factor for all inputs."""
+    term = head(term)
+    factors = term.factors if isinstance(term, Prod) else (term,)
+    changed = [each for each in factors if size_after(each, kept) != each.size]
+    old, new = prod(each.size for each in changed), prod(size_after(each, kept) for each in changed)
+    return (old, new) if changed and is_factor(old, size) else None
 
 
 def _blocks(module: fx.GraphModule) -> dict[str, fx.GraphModule]:
@@ -134,6 +161,16 @@ def argument(node: fx.Node, path: Sequence[int]) -> Any:
             return None
         found = found[index]
     return found
+
+
+def recapture(model: nn.Module, program: Program) -> Capture:
+    """Capture a model whose place a program takes; a graph for the example's sizes alone refuses others."""
+    call = imitate_call(program.inputs, model)
+    if program.dynamic:
+        return capture_once(model, call, program.inputs)
+    captured = capture(model, call)
+    check_sizes_(captured.graph)
+    return captured
 
 
 def build(
@@ -163,20 +200,21 @@ def build(
     nodes = {(name, node.name): node for name, block in blocks.items() for node in block.graph.nodes}
     for each in changes:
         node = nodes[each.block, each.node]
-        value = _scaled(node, each, nodes["", each.batch]) if each.batch else each.value
-        node.args = _replaced(node.args, each.path, value)
+        if each.path:
+            value = _scaled(argument(node, each.path), each, node) if each.old else each.value
+            node.args = _replaced(node.args, each.path, value)
+        else:
+            size = _scaled(node, each, node.next)
+            node.replace_all_uses_with(size, delete_user_cb=lambda user, own=size.args[0]: user is not own)
     for block in blocks.values():
         block.recompile()
     return new
 
 
-def _scaled(node: fx.Node, rewrite: Rewrite, given: fx.Node) -> fx.Node:
-    before = argument(node, rewrite.path)
-    with node.graph.inserting_before(node):
-        size = node.graph.call_function(torch.ops.aten.sym_size.int, (given, rewrite.dim))
-        for times in (rewrite.value, before if isinstance(before, fx.Node) else 1):
-            size = size if times == 1 else node.graph.call_function(operator.mul, (size, times))
-        return size
+def _scaled(size: fx.Node, rewrite: Rewrite, before: fx.Node) -> fx.Node:
+    with before.graph.inserting_before(before):
+        rest = before.graph.call_function(operator.floordiv, (size, rewrite.old))
+        return before.graph.call_function(operator.mul, (rest, rewrite.value))
 
 
 def _replaced(args: Any, path: Sequence[int], value: Any) -> Any:
@@ -211,8 +249,9 @@ def describe_inputs(example_inputs: ExampleInputs) -> Any:
     return [[one(value) for value in args], {key: one(value) for key, value in kwargs.items()}]
 
 
-def imitate_inputs(described: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return inputs of the described dtypes and shapes, all zeros; the inverse of `describe_inputs`."""
+def imitate_call(described: Any, model: nn.Module) -> Call:
+    """Return inputs of the described dtypes and shapes, all zeros, where a model is; inverts `describe_inputs`."""
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
     def one(value: Any) -> Any:
         if isinstance(value, Mapping) and "tensor" in value:
@@ -222,7 +261,7 @@ def imitate_inputs(described: Any, device: torch.device) -> tuple[tuple[Any, ...
         return tuple(map(one, value)) if isinstance(value, list) else value
 
     args, kwargs = described
-    return tuple(map(one, args)), {key: one(value) for key, value in kwargs.items()}
+    return Call(tuple(map(one, args)), {key: one(value) for key, value in kwargs.items()})
 
 
 def tensors_of(output: Any) -> list[Tensor]:

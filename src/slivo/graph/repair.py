@@ -5,19 +5,28 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from slivo.errors import ShapeError
+from slivo.errors import ShapeError, SlivoError
 from slivo.graph.axes import Graph
 from slivo.graph.capture import canonical_names, check_runs, evaluating
 from slivo.graph.copies import duplicate
-from slivo.graph.inputs import ExampleInputs, as_args
+from slivo.graph.inputs import Call, ExampleInputs, as_args, fresh
 from slivo.graph.mend import changed, mend_
 from slivo.graph.parts import calls, describe, plan_part
-from slivo.graph.program import Program, build, describe_inputs, plan_rewrites, tensors_of
+from slivo.graph.program import (
+    Program,
+    build,
+    describe_inputs,
+    plan_rewrites,
+    recapture,
+    relearn,
+    tensors_of,
+)
 from slivo.graph.search import Trial
 from slivo.graph.surgery import perform_, plan_attributes, plan_slices
 
@@ -49,7 +58,7 @@ def settle(
     slices = plan_slices(graph, keep)
     attributes = plan_attributes(model, graph, keep)
     args, kwargs = as_args(example_inputs)
-    expected = _run(build(graph.inference.capture, slices, plan_rewrites(graph, keep, any_batch=False)), args, kwargs)
+    expected = _run(build(graph.inference.capture, slices, plan_rewrites(graph, keep)), args, kwargs)
     live = duplicate(model, share=True)  # a cut makes parameters anew
     perform_(live, slices, attributes)
     if isinstance(expected, Exception):
@@ -70,13 +79,40 @@ def settle(
         for module, attribute, value in settings:
             attributes.setdefault(module, {})[attribute] = value
         return attributes, None
-    program = Program(describe_inputs(example_inputs), tuple(plan_rewrites(graph, keep, any_batch=True)))
-    found = _run(build(graph.inference.capture, slices, program.rewrites), args, kwargs)
-    if not _agree(found, expected):
-        reason = found if isinstance(found, Exception) else "it computes something else"
-        raise ShapeError(f"{type(model).__name__} cannot be cut so, its captured graph takes no other sizes: {reason}")
+    program = _whole(
+        model, graph, keep, describe_inputs(example_inputs), lambda cut: _agree(_run(cut, args, kwargs), expected)
+    )
     _warn(model, graph, keep)
     return {}, program
+
+
+def _whole(
+    model: nn.Module,
+    graph: Graph,
+    keep: Mapping[str, Sequence[int]],
+    inputs: Any,
+    right: Callable[[nn.Module], bool],
+) -> Program:
+    """Return the program that takes the model's place, made as it will be made again.
+
+    Raises:
+        ShapeError: If none does what it must.
+    """
+    slices = plan_slices(graph, keep)
+    for dynamic in (True, False):
+        program = Program(inputs, (), dynamic)
+        try:
+            captured = recapture(model, program)
+            own = {each: each for each in captured.tensors.values()}
+            program = replace(program, rewrites=tuple(relearn(captured, graph, keep, own)))
+            if right(build(captured, slices, program.rewrites, model)):
+                return program
+        except SlivoError:
+            continue
+    raise ShapeError(
+        f"{type(model).__name__} cannot be cut so: its code holds sizes that cannot be mended, and its captured graph, "
+        "captured again, computes something else"
+    )
 
 
 def _warn(model: nn.Module, graph: Graph, keep: Mapping[str, Sequence[int]]) -> None:
@@ -113,6 +149,7 @@ def _parts(
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor] | Exception:
     """Run a model in evaluation; return the tensors it gives out, or the exception it raises."""
     try:
+        args, kwargs = fresh(Call(args, dict(kwargs)))  # the model may change them
         with evaluating(model), torch.no_grad():
             return tensors_of(model(*args, **kwargs))
     except Exception as error:

@@ -89,7 +89,7 @@ def plan_attributes(model: nn.Module, graph: Graph, keep: Mapping[str, Sequence[
     Returns:
         For each module (qualified name) its attributes to set. Integers stay integers, tuples tuples.
     """
-    kept: dict[Var, int] = {graph.variables[name]: len(stays) for name, stays in keep.items()}
+    kept: dict[Term, int] = {graph.variables[name]: len(stays) for name, stays in keep.items()}
     found: dict[str, dict[str, Any]] = {}
     for fact in (*graph.inference.facts, *_embeddings(model, graph)):
         before = [term.size for term in fact.terms]

@@ -34,7 +34,7 @@ def sharing() -> Iterator[None]:
 
 
 def capture_once(module: nn.Module, inputs: ExampleInputs, described: Any) -> Capture:
-    """Capture a module, or return the graph of one that is alike.
+    """Capture a module for inputs of any size, or return the graph of one that is alike.
 
     Args:
         module: The module.
@@ -48,7 +48,7 @@ def capture_once(module: nn.Module, inputs: ExampleInputs, described: Any) -> Ca
     for other, given, found in seen or ():
         if given == described and alike(module, other):
             return found
-    captured = capture(module, inputs)
+    captured = capture(module, inputs, dynamic=True)
     if seen is not None and not captured.by_values:
         seen.append((module, described, captured))
     return captured

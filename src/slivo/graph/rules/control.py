@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from slivo.graph.infer import Dims, Inference, rule
+from slivo.graph.sizes import has_size, holds
 
 aten = torch.ops.aten
 
@@ -25,7 +26,23 @@ def autocast(
     return t.inline(module, args)
 
 
-@rule(aten._assert_tensor_metadata, aten._assert_scalar, aten._assert_async, aten.sym_size)
+@rule(
+    aten._assert_tensor_metadata,
+    aten._assert_scalar,
+    aten._assert_async,
+    aten.sym_size,
+    aten.sym_numel,
+    aten.sym_stride,
+    aten.sym_storage_offset,
+    holds,
+)
 def check(t: Inference, *args: Any, **kwargs: Any) -> list[Dims | None]:
     """Gives out no tensor."""
+    return []
+
+
+@rule(has_size)
+def sized(t: Inference, x: Any, dim: int, size: int, name: str) -> list[Dims | None]:
+    """Gives out no tensor; the size is the dimension's."""
+    t.literal((2,), t.of(x)[dim])
     return []
