@@ -25,7 +25,7 @@ def test_cuts_survive_json(slices):
         slices=slices,
         attributes={"a": {"out_channels": 3, "normalized_shape": [3, 4]}},
         axes={"a out": [0, 2, 3]},
-        program=Program([[{"tensor": "float32", "shape": [2]}], {}], (Rewrite("", "view", (1, 0), 4, 6),)),
+        programs={"": Program([[{"tensor": "float32", "shape": [2]}], {}], (Rewrite("", "view", (1, 0), 4, 6),))},
     )
     assert edits.from_json(json.loads(json.dumps(edits.to_json([cut])))) == (cut,)
 

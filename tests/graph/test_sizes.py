@@ -77,8 +77,8 @@ def dead(model, graph):
 
 def cut(model, inputs, kept):
     graph = slivo.trace(model, inputs)
-    attributes, program = settle(model, graph, inputs, kept)
-    return edits.apply(model, edits.Cut(plan_slices(graph, kept), attributes, kept, program)).eval()
+    attributes, programs = settle(model, graph, inputs, kept)
+    return edits.apply(model, edits.Cut(plan_slices(graph, kept), attributes, kept, programs)).eval()
 
 
 @pytest.mark.parametrize("name", sorted(name for name in ZOO if torch.is_tensor(ZOO[name][1]())))

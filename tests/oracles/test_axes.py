@@ -148,6 +148,6 @@ def test_cutting_dead_positions_changes_nothing(traced, name, caplog):
                 with torch.no_grad():
                     tensors[member.tensor].index_fill_(member.dim, index, 0.0)
     graph = slivo.trace(dead, inputs)
-    attributes, program = settle(dead, graph, inputs, kept)
-    small = edits.apply(dead, edits.Cut(plan_slices(graph, kept), attributes, kept, program))
+    attributes, programs = settle(dead, graph, inputs, kept)
+    small = edits.apply(dead, edits.Cut(plan_slices(graph, kept), attributes, kept, programs))
     assert error(outputs(small.eval(), inputs), outputs(dead, inputs)) < 1e-12

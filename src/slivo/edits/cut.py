@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from torch import nn
 
 from slivo.graph.config import set_config_
-from slivo.graph.program import Program, Rewrite, build, recapture
+from slivo.graph.program import Program, build, recapture
 from slivo.graph.slicing import Slices
 from slivo.graph.surgery import Attributes, perform_
 
@@ -23,8 +23,8 @@ class Cut:
         attributes: For each module (qualified name, "" for the model itself) the attributes to set.
         axes: For each axis that was cut (its name) the positions that stayed; kept for people, reports and
             later plans, not needed to replay.
-        program: How to make the captured graph that takes the model's place, where the model's own code cannot be
-            cut; None where it can.
+        programs: For modules whose own code cannot be cut (qualified name, "" for the model itself) how to make the
+            captured graphs that take their places.
         config: Integers of the model's configuration to set, so that it describes the model after the cut.
 
     Example:
@@ -37,7 +37,7 @@ class Cut:
     slices: Slices
     attributes: Attributes = field(default_factory=dict)
     axes: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    program: Program | None = None
+    programs: Mapping[str, Program] = field(default_factory=dict)
     config: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Cut:
             "slices": slices,
             "attributes": {module: dict(values) for module, values in self.attributes.items()},
             "axes": axes,
-            "program": None if self.program is None else asdict(self.program),
+            "programs": {module: program.to_json() for module, program in self.programs.items()},
             "config": dict(self.config),
         }
 
@@ -66,24 +66,18 @@ class Cut:
             slices={name: {int(dim): lists[n] for dim, n in dims.items()} for name, dims in data["slices"].items()},
             attributes={module: dict(values) for module, values in data["attributes"].items()},
             axes={name: lists[n] for name, n in data["axes"].items()},
-            program=_program(data.get("program")),
+            programs={module: Program.from_json(each) for module, each in data.get("programs", {}).items()},
             config=dict(data.get("config", {})),
         )
 
     def apply_(self, model: nn.Module) -> nn.Module:
-        """Cut the model in place; with a program, return that."""
-        if self.program is None:
-            perform_(model, self.slices, self.attributes)
-            set_config_(model, self.config)
-            return model
-        return build(recapture(model, self.program), self.slices, self.program.rewrites, model)
-
-
-def _program(data: Mapping[str, Any] | None) -> Program | None:
-    if data is None:
-        return None
-    rewrites = (Rewrite(**{**each, "path": tuple(each["path"])}) for each in data["rewrites"])
-    return Program(data["inputs"], tuple(rewrites), data["dynamic"])
+        """Cut the model in place; with a program for the model itself, return what that makes."""
+        if "" in self.programs:
+            whole = self.programs[""]
+            return build(recapture(model, whole), self.slices, whole.rewrites, model)
+        perform_(model, self.slices, self.attributes, self.programs)
+        set_config_(model, self.config)
+        return model
 
 
 def _runs(indices: Sequence[int]) -> list[list[int]]:

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from slivo.graph.axes import Graph
 from slivo.graph.infer import Literal
-from slivo.graph.program import argument, plan_rewrites
+from slivo.graph.program import Program, argument, plan_rewrites
 from slivo.graph.search import Choices, Search, Setting, Trial, set_
 
 
@@ -23,8 +23,8 @@ def mend_(
     graph: Graph,
     keep: Mapping[str, Sequence[int]],
     trial: Trial,
-    part: Callable[[str], tuple[Any, fx.GraphModule] | None],
-) -> list[Setting] | None:
+    part: Callable[[str], tuple[Program, fx.GraphModule] | None],
+) -> tuple[list[Setting], dict[str, Program]] | None:
     """Set attributes of a cut model until it computes what it must.
 
     Args:
@@ -32,14 +32,14 @@ def mend_(
         graph: The graph of the uncut model.
         keep: For each axis that was cut, by name, the positions that stayed.
         trial: Runs the model and tells whether its outputs are right.
-        part: Makes of a module's name the graph that can take its place, and the value of ``forward`` that stands for
-            it; None if there is none.
+        part: Makes of a module's name the program and the graph that can take its place; None if there is none.
 
     Returns:
-        The attributes that were set, or None if no attributes were found that make the model right.
+        The attributes that were set, and the programs of modules that were replaced; None if nothing was found that
+        makes the model right.
     """
     if trial(live):
-        return []
+        return [], {}
     literals = changed(graph, keep)
     levels = _levels(live, literals, _instead)
     plain = [[(*place, values[0]) for place, values in level.items() if len(values) == 1] for level in levels]
@@ -50,7 +50,7 @@ def mend_(
         before = [(name, attribute, getattr(live.get_submodule(name), attribute)) for name, attribute, _ in settings]
         set_(live, settings)
         if trial(live):
-            return settings
+            return settings, {}
         set_(live, before)
     holders = {tuple(literal.module.split(".")) for literal in graph.inference.literals}
     sources = {".".join(parts[: end + 1]) for parts in holders for end in range(len(parts))}

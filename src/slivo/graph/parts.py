@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,11 +13,8 @@ from slivo.graph.axes import Graph
 from slivo.graph.capture import Capture, canonical_names, evaluating
 from slivo.graph.copies import stand_for_
 from slivo.graph.inputs import Call
-from slivo.graph.program import Program, Rewrite, build, describe_inputs, imitate_call, relearn
+from slivo.graph.program import Program, build, describe_inputs, imitate_call, relearn
 from slivo.graph.twins import capture_once
-
-FORWARD = "forward"
-"""The attribute by which a module is given a program; its value is what `describe` returns."""
 
 
 def plan_part(
@@ -47,18 +43,6 @@ def plan_part(
     names = canonical_names(model)
     own = {each: names[f"{name}.{each}"] for each in captured.tensors.values()}
     return captured, Program(inputs, tuple(relearn(captured, graph, keep, own)))
-
-
-def describe(found: Program) -> dict[str, Any]:
-    """Return a program as JSON-ready data."""
-    data = asdict(found)
-    return {**data, "rewrites": [{**each, "path": list(each["path"])} for each in data["rewrites"]]}
-
-
-def program(data: Mapping[str, Any]) -> Program:
-    """Rebuild a program from `describe`'s data."""
-    found = (Rewrite(**{**each, "path": tuple(each["path"])}) for each in data["rewrites"])
-    return Program(data["inputs"], tuple(found), data["dynamic"])
 
 
 def replace_(model: nn.Module, name: str, found: Program) -> None:

@@ -12,9 +12,9 @@ import copy
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -66,6 +66,16 @@ class Program:
     inputs: Any
     rewrites: tuple[Rewrite, ...]
     dynamic: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild the program from `to_json`'s data."""
+        found = (Rewrite(**{**each, "path": tuple(each["path"])}) for each in data["rewrites"])
+        return cls(data["inputs"], tuple(found), data["dynamic"])
 
 
 def plan_rewrites(graph: Graph, keep: Mapping[str, Sequence[int]]) -> list[Rewrite]:

@@ -17,7 +17,7 @@ from slivo.graph.capture import canonical_names, check_runs, evaluating
 from slivo.graph.copies import duplicate
 from slivo.graph.inputs import Call, ExampleInputs, as_args, fresh
 from slivo.graph.mend import changed, mend_
-from slivo.graph.parts import calls, describe, plan_part
+from slivo.graph.parts import calls, plan_part
 from slivo.graph.program import (
     Program,
     build,
@@ -35,7 +35,7 @@ _log = logging.getLogger("slivo")
 
 def settle(
     model: nn.Module, graph: Graph, example_inputs: ExampleInputs, keep: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, dict[str, Any]], Program | None]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, Program]]:
     """Find out how a cut is to be made so that the cut model computes what it must.
 
     The cut model is run on the example inputs and compared with the cut graph. If they differ, attributes of the
@@ -48,8 +48,9 @@ def settle(
         keep: For each axis to cut, by name, the positions that stay.
 
     Returns:
-        The attributes to set, and None; or no attributes and the program that has to take the model's place, because
-        the model's code holds sizes that cannot be mended. A warning is logged then.
+        The attributes to set, and the programs that have to take the places of modules whose code holds sizes that
+        cannot be mended; of the model itself ("") if it is not enough to replace modules in it. A warning is logged
+        then.
 
     Raises:
         CaptureError: If the model itself fails on the inputs.
@@ -67,23 +68,24 @@ def settle(
         found = _run(live, args, kwargs)
         if isinstance(found, Exception):
             raise ShapeError(f"the cut model does not run: {found}") from found
-        return attributes, None
-    settings = mend_(
+        return attributes, {}
+    mended = mend_(
         live,
         graph,
         keep,
         Trial(lambda changed: _run(changed, args, kwargs), lambda found: _agree(found, expected), model),
         _parts(model, graph, keep, args, kwargs),
     )
-    if settings is not None:
+    if mended is not None:
+        settings, programs = mended
         for module, attribute, value in settings:
             attributes.setdefault(module, {})[attribute] = value
-        return attributes, None
+        return attributes, programs
     program = _whole(
         model, graph, keep, describe_inputs(example_inputs), lambda cut: _agree(_run(cut, args, kwargs), expected)
     )
     _warn(model, graph, keep)
-    return {}, program
+    return {}, {"": program}
 
 
 def _whole(
@@ -130,18 +132,18 @@ def _parts(
     keep: Mapping[str, Sequence[int]],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> Callable[[str], tuple[Any, fx.GraphModule] | None]:
+) -> Callable[[str], tuple[Program, fx.GraphModule] | None]:
     """Return what makes of a module's name the module's own graph, cut."""
     called = functools.cache(lambda: calls(model, args, kwargs))
     slices, names = plan_slices(graph, keep), canonical_names(model)
 
-    def part(name: str) -> tuple[Any, fx.GraphModule] | None:
+    def part(name: str) -> tuple[Program, fx.GraphModule] | None:
         found = plan_part(model, graph, keep, name, called()[name]) if name in called() else None
         if found is None:
             return None
         captured, program = found
         own = {each: slices.get(names[f"{name}.{each}"], {}) for each in captured.tensors.values()}
-        return describe(program), build(captured, own, program.rewrites, model.get_submodule(name))
+        return program, build(captured, own, program.rewrites, model.get_submodule(name))
 
     return part
 

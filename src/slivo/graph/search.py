@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from slivo.graph.capture import quiet
 from slivo.graph.copies import duplicate
-from slivo.graph.parts import FORWARD, put_
+from slivo.graph.parts import put_
+from slivo.graph.program import Program
 
 Setting = tuple[str, str, Any]
 """A module, an attribute of it, and the value to set."""
@@ -113,14 +114,15 @@ class Search:
     trial: Trial
     choices: Sequence[Choices]
     sources: Collection[str]
-    part: Callable[[str], tuple[Any, fx.GraphModule] | None]
+    part: Callable[[str], tuple[Program, fx.GraphModule] | None]
     done: dict[tuple[str, str], Any] = field(default_factory=dict)
+    programs: dict[str, Program] = field(default_factory=dict)
     runs: int = 0
     progress: _Progress = field(default_factory=_Progress)
     shapes: bool = True
 
-    def run(self) -> list[Setting] | None:
-        """Return what has to be set, or None if nothing makes the model right."""
+    def run(self) -> tuple[list[Setting], dict[str, Program]] | None:
+        """Return what has to be set, and what takes the places of modules; None if nothing makes the model right."""
         self.shapes = self._runs_on_shapes(duplicate(self.trial.uncut, share=True))
         self.progress.watch(self.live)
         reached = self._attempt()
@@ -129,7 +131,7 @@ class Search:
             if not self._set(reached, stack, passed) and not self._replace(stack):
                 return None
             reached = self._attempt()
-        return [(*place, value) for place, value in self.done.items()] if reached == inf else None
+        return ([(*place, value) for place, value in self.done.items()], self.programs) if reached == inf else None
 
     def _attempt(self) -> float:
         """Run the model; return how far it came, infinitely far if it is right.
@@ -160,7 +162,7 @@ class Search:
         """Set the attribute with which the model runs furthest, and the same one of modules alike."""
         for choices in self.choices:
             best, furthest, through = None, reached, False
-            for place in _near(choices, stack, passed, self.done):
+            for place in _near(choices, stack, passed, self.done, self.programs):
                 before = getattr(self.live.get_submodule(place[0]), place[1])
                 for value in choices[place]:
                     set_(self.live, [(*place, value)])
@@ -187,7 +189,7 @@ class Search:
             if self._attempt() < inf and name not in self.progress.passed:
                 parent, _, child = name.rpartition(".")
                 setattr(self.live.get_submodule(parent), child, module)
-                del self.done[name, FORWARD]
+                del self.programs[name]
                 continue
             for other, each in list(self.live.named_modules()):
                 if type(each) is type(module) and other in self.sources:
@@ -202,7 +204,7 @@ class Search:
             return False
         put_(self.live, name, found[1])
         self.progress.watch(found[1], name)
-        self.done[name, FORWARD] = found[0]
+        self.programs[name] = found[0]
         return True
 
 
@@ -213,10 +215,14 @@ def set_(model: nn.Module, settings: Sequence[Setting]) -> None:
 
 
 def _near(
-    choices: Choices, stack: Sequence[str], passed: Sequence[str], done: Mapping[tuple[str, str], Any]
+    choices: Choices,
+    stack: Sequence[str],
+    passed: Sequence[str],
+    done: Mapping[tuple[str, str], Any],
+    programs: Mapping[str, Program],
 ) -> list[tuple[str, str]]:
     """Attributes not yet set: of the modules in which the run ended, or else of those that it passed last."""
-    replaced = tuple(f"{name}." for name, attribute in done if attribute == FORWARD)
+    replaced = tuple(f"{name}." for name in programs)
     choices = {place: values for place, values in choices.items() if not f"{place[0]}.".startswith(replaced)}
     inner = [place for name in reversed(stack) for place in choices if place[0] == name and place not in done]
     if inner:

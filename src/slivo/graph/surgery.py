@@ -14,7 +14,8 @@ from slivo.graph.capture import canonical_names
 from slivo.graph.copies import stand_for_
 from slivo.graph.dims import Term, Var, head, positions, size_after
 from slivo.graph.infer import Fact
-from slivo.graph.parts import FORWARD, program, replace_
+from slivo.graph.parts import replace_
+from slivo.graph.program import Program
 from slivo.graph.slicing import Slices, check, cut_, within
 from slivo.graph.twins import sharing
 
@@ -114,37 +115,38 @@ def _sizes(value: object) -> list[int] | None:
     return [int(size) for size in value] if isinstance(value, tuple | list) else None
 
 
-def perform_(model: nn.Module, slices: Slices, attributes: Attributes) -> None:
+def perform_(
+    model: nn.Module, slices: Slices, attributes: Attributes, programs: Mapping[str, Program] | None = None
+) -> None:
     """Cut slices out of a model's tensors, gradients included, and set attributes; tied tensors stay tied.
 
     Args:
         model: The module to change, on any device, the meta device included.
         slices: What stays of which tensor.
-        attributes: What to set. A module whose ``forward`` is given is replaced by its program
-            (`slivo.graph.parts`).
+        attributes: What to set.
+        programs: For modules that are replaced by their graphs, how to make these.
 
     Raises:
         ShapeError: If a tensor or module is not there or has no such index; the model is then unchanged.
     """
-    replaced = tuple(name for name, values in attributes.items() if FORWARD in values)
+    programs = programs or {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    missing = [name for name in attributes if name not in modules]
+    missing = [name for name in (*attributes, *programs) if name not in modules]
     if missing:
         raise ShapeError(f"the model has no module {missing[0]!r}")
     check(model, slices)
     with sharing():
-        for name in replaced:
-            replace_(model, name, program(attributes[name][FORWARD]))
-    if replaced:
+        for name, program in programs.items():
+            replace_(model, name, program)
+    if programs:
         slices = within(model, slices)  # of a replaced module only what its program uses is still there
     cut_(model, slices)
     # Those in replaced modules, too: they may be shared with modules that stay.
     for name, values in attributes.items():
         for attribute, value in values.items():
-            if attribute != FORWARD:
-                old = getattr(modules[name], attribute, None)
-                setattr(modules[name], attribute, tuple(value) if isinstance(old, tuple) else value)
-    for name in replaced:
+            old = getattr(modules[name], attribute, None)
+            setattr(modules[name], attribute, tuple(value) if isinstance(old, tuple) else value)
+    for name in programs:
         graph = model.get_submodule(name)
         if isinstance(graph, fx.GraphModule):
             stand_for_(graph, modules[name])

@@ -66,11 +66,11 @@ def keep_tokens(
     inputs = _renumbered(graph, example_inputs, found, kept)
     paddings = _paddings(model, found, kept)
     with _padded(model, paddings):
-        attributes, program = settle(model, freed, inputs, cut)
-    if program is None:
+        attributes, programs = settle(model, freed, inputs, cut)
+    if "" not in programs:
         for name, index in paddings.items():
             attributes.setdefault(name, {})["padding_idx"] = index
-    return edits.apply(model, edits.Cut(slices, attributes, cut, program))
+    return edits.apply(model, edits.Cut(slices, attributes, cut, programs))
 
 
 def _ids(tokens: Sequence[int]) -> list[int]:

@@ -169,11 +169,11 @@ def cut(
     slices = plan_slices(graph, kept)
     with sharing():
         try:
-            attributes, program = settle(model, graph, Call(*fresh(example_inputs)), kept)
+            attributes, programs = settle(model, graph, Call(*fresh(example_inputs)), kept)
         except ShapeError:
             check_repeats(model, example_inputs)  # what the model itself cannot do is no fault of the cut
             raise
-        edit = edits.Cut(slices, attributes, kept, program)
+        edit = edits.Cut(slices, attributes, kept, programs)
         small = edits.apply(model, edit)
         config = plan_config(model, small)
         return edits.apply(model, replace(edit, config=config)) if config else small
