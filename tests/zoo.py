@@ -446,6 +446,29 @@ class ComplexRotary(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2))
 
 
+@row(2, 5, 8)
+class HalvesRotary(nn.Module):
+    """Rotary positions by halves, as in most language models, and one number for the width of all heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(8, 32), nn.Linear(8, 16), nn.Linear(8, 16)
+        self.out, self.head_dim = nn.Linear(32, 3), 8
+
+    def forward(self, x):
+        shape = (*x.shape[:2], -1, self.head_dim)
+        query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        angles = torch.arange(x.shape[1]).to(x.dtype)[:, None] * 0.3
+
+        def rotate(y):
+            half = y.shape[-1] // 2
+            turned = torch.cat((-y[..., half:], y[..., :half]), dim=-1)
+            return y * angles.cos() + turned * angles.sin()
+
+        x = F.scaled_dot_product_attention(rotate(query), rotate(key), value, enable_gqa=True)
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
 class Affine(nn.Module):
     """A linear that lays its output out by an attribute, as those of the first GPTs."""
 

@@ -15,7 +15,9 @@ from slivo import edits
 from slivo.graph.copies import duplicate
 
 
-@pytest.mark.parametrize("name", ["AmbiguousAttributes", "SizesReadOff", "Halves", "ComplexRotary", "stacked_lstm"])
+@pytest.mark.parametrize(
+    "name", ["AmbiguousAttributes", "HalvesRotary", "SizesReadOff", "Halves", "ComplexRotary", "stacked_lstm"]
+)
 def test_attributes_are_found(name, caplog):
     model, inputs = build(name)
     small = slivo.prune(model, inputs, keep=slivo.Budget(params=0.6), scope="uniform")

@@ -126,6 +126,7 @@ DEAD_COUNT = {
     "Coupled",
     "AmbiguousAttributes",
     "SelfAttention",
+    "HalvesRotary",
 }
 
 

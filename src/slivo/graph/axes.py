@@ -20,7 +20,7 @@ from slivo.errors import ShapeError, SlivoError
 from slivo.graph import rules
 from slivo.graph.capture import Capture, capture, check_call, output_names
 from slivo.graph.count import Counter, counter
-from slivo.graph.dims import Sum, Term, Var, fix, head, leaves, positions
+from slivo.graph.dims import Prod, Sum, Term, Var, fix, head, leaves, positions, regroup, take, unify
 from slivo.graph.infer import Inference
 from slivo.graph.inputs import ExampleInputs, batch_size
 
@@ -361,19 +361,53 @@ def _shared_attributes(model: nn.Module, inference: Inference) -> list[tuple[Ter
 
     They are cut alike, so that the place can say their size: an attribute, or, where none has that value, what the code
     read off another tensor. Where a module has two attributes of that value, which one is meant is not known, and the
-    dimensions go their own ways.
+    dimensions go their own ways. Where one of them is in halves, as rotary positions make queries, so are the others.
     """
-    found: dict[tuple[str, int], dict[Var, None]] = {}
+    found: dict[tuple[str, int], dict[Var, Term]] = {}
     for literal in inference.literals:
         term = head(literal.term)
-        if isinstance(term, Var) and term.fixed is None and not literal.shift:
-            found.setdefault((literal.module, term.size), {})[term] = None
+        free = {leaf for leaf in leaves(term) if leaf.fixed is None}
+        if len(free) == 1 and free <= set(_parts(term)) and not literal.shift:
+            found.setdefault((literal.module, term.size), {})[free.pop()] = term
     ties: list[tuple[Term, ...]] = []
     for (module, size), terms in found.items():
         held = sum(type(value) is int and value == size for value in vars(model.get_submodule(module)).values())
         if len(terms) > 1 and held <= 1:
-            ties.append(tuple(terms))
+            ties.append(_alike(list(terms.values())))
     return ties
+
+
+def _parts(term: Term) -> list[Term]:
+    """Return the factors of a product, the parts of a sum, or the term itself."""
+    parts = term.factors if isinstance(term, Prod) else term.parts if isinstance(term, Sum) else (term,)
+    return [head(each) for each in parts]
+
+
+def _alike(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """Return the axes of dimensions that are cut alike; what is a single axis takes the form of what has parts."""
+    forms = [term for term in terms if not isinstance(term, Var)]
+    if len({(type(term), tuple(each.size for each in _parts(term))) for term in forms}) > 1:
+        return tuple(term for term in terms if isinstance(term, Var))
+    for term in terms if forms else ():
+        if isinstance(term, Var):
+            _give_form(term, forms[0])
+    return tuple({leaf: None for term in terms for leaf in leaves(term) if leaf.fixed is None})
+
+
+def _give_form(term: Var, form: Term) -> None:
+    """Refine an axis into parts as another dimension has them: what is one axis there is one axis here."""
+    sizes = [each.size for each in _parts(form)]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    if isinstance(form, Prod):
+        own: list[Term | None] = [*regroup([term], sizes, "")]
+    else:
+        own = [take(term, start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    known: dict[Term, Term] = {}
+    for part, other in zip(own, _parts(form), strict=True):
+        assert part is not None  # an axis can be parted anywhere
+        unify(part, known.setdefault(other, part), "")
+        if isinstance(other, Var) and other.fixed is not None:
+            fix(part, f"{other.fixed}, in a dimension that the code takes to be alike")
 
 
 def _names(members: Mapping[Var, Sequence[Member]], inference: Inference) -> dict[Var, str]:
