@@ -110,10 +110,11 @@ def listed(rows: Sequence[Row], which: Callable[[Row], bool], what: Callable[[Ro
 
 
 def kinds(graphs: Sequence[str]) -> str:
+    """Name replaced modules by the last part of their names that is no number."""
     if "" in graphs:
         return "the whole network"
-    names = sorted({name.rpartition(".")[2] if not name.rpartition(".")[2].isdigit() else name for name in graphs})
-    return f"{len(graphs)} modules, {', '.join(f'`{name}`' for name in names[:4])}"
+    names = sorted({next(part for part in reversed(name.split(".")) if not part.isdigit()) for name in graphs})
+    return f"{len(graphs)} modules, {', '.join(f'`{name}`' for name in names)}"
 
 
 if __name__ == "__main__":
