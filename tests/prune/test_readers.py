@@ -279,6 +279,38 @@ def test_what_is_missing_is_told():
         scores(vector, x, "kl", batches=[x])
 
 
+class Attention(nn.Module):
+    """No weight reads the width of queries and keys; two read what comes in, and one more in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.spare = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.query, self.key, self.value = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        weights = (self.query(x) @ self.key(x).mT).softmax(-1)
+        out = weights @ self.value(x)
+        return (out, self.spare(x)) if self.training else out
+
+
+def test_axes_that_nothing_reads_are_scored_on_what_writes_them():
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(2, 5, 3)
+    graph = slivo.trace(model, x)
+    (width,) = (axis for axis in graph.prunable if axis.size == 4)
+    found = importance(model, graph, [width, graph["stem out"]], criteria.wanda, batches=[x])
+    norms = model.stem(x).square().sum((0, 1)).sqrt()
+    expected = ((model.query.weight.abs() + model.key.weight.abs()) * norms).sum(1).detach()
+    assert np.allclose(found[width.name], expected / expected.mean(), rtol=1e-5)
+    readers = (model.query, model.key, model.value)
+    expected = (sum(layer.weight.abs().sum(0) for layer in readers) * norms).detach()
+    assert np.allclose(found["stem out"], expected / expected.mean(), rtol=1e-5)
+    for which in ("obs", "activation"):
+        with pytest.raises(SlivoError, match="no activation was seen"):
+            importance(model, graph, [width], criteria.resolve(which), batches=[x])
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()

@@ -58,9 +58,10 @@ def importance(
     for found in _passes(model, members, criterion, batches, loss):
         passes += 1
         for name, chosen in members.items():
-            score = _score(criterion, [_argument(each, chosen, found, name) for each in criterion.given], graph[name])
+            seen = _seen(chosen, found, criterion, name)
+            score = _score(criterion, [_argument(each, seen, found) for each in criterion.given], graph[name])
             if not bool(score.isfinite().all()):
-                raise SlivoError(_infinite(criterion, name, chosen, found))
+                raise SlivoError(_infinite(criterion, name, seen, found))
             scores[name] = scores[name] + score if name in scores else score
     if not passes:
         raise SlivoError(f"criterion {criterion.name!r} was given no batches; give at least one")
@@ -146,26 +147,44 @@ def _chosen(axis: Axis, graph: Graph, criterion: Criterion, scales: frozenset[st
     return reading if criterion.on == "read" and reading else mine
 
 
-def _argument(what: str, chosen: Sequence[Member], found: Found, axis: str) -> Any:
-    """Return what one parameter of a criterion is given for an axis."""
-    if what == "labels":
-        return found["labels"]["labels"]
-    tensors = found[what]
-    if what not in ("inputs", "units", "readers"):
-        return _matrix(chosen, [tensors[member.tensor] for member in chosen])
-    chosen = [member for member in chosen if readers.key(member.tensor, member.dim) in tensors]
-    if not chosen:
+def _seen(chosen: Sequence[Member], found: Found, criterion: Criterion, axis: str) -> Sequence[Member]:
+    """The members whose activations were seen, for a criterion of those.
+
+    No weight reads some axes, such as the width of queries. If the criterion looks at weights too, those that write the
+    axis are scored, with the activations that they read along their other dimension.
+    """
+    kinds = {"inputs", "readers", "units"} & {*criterion.given}
+    if not kinds:
+        return chosen
+    tensors = found[kinds.pop()]
+    seen = [member for member in chosen if readers.key(member.tensor, member.dim) in tensors]
+    if not seen and {"weights", "inputs"} <= {*criterion.given}:
+        seen = [member for member in chosen if readers.key(member.tensor, 1 - member.dim) in tensors]
+    if not seen:
         raise SlivoError(
             f"no activation was seen that a weight of axis {axis!r} multiplies (only those of linear layers and "
             "convolutions are); exclude the axis, or choose another criterion"
         )
+    return seen
+
+
+def _argument(what: str, chosen: Sequence[Member], found: Found) -> Any:
+    """Return what one parameter of a criterion is given for an axis."""
+    tensors = found[what]
+    if what == "labels":
+        return tensors["labels"]
     if what == "readers":
         return readers.lay(chosen, found["weights"], tensors)
-    seen = [tensors[readers.key(member.tensor, member.dim)] for member in chosen]
+    if what not in ("inputs", "units"):
+        return _matrix(chosen, [tensors[member.tensor] for member in chosen])
+    laid = []
+    for member in chosen:
+        either = [readers.key(member.tensor, dim) for dim in (member.dim, 1 - member.dim)]
+        laid.append(next(tensors[key] for key in either if key in tensors))
     if what == "inputs":
-        return _matrix(chosen, seen)
+        return _matrix(chosen, laid)
     samples = range(len(found["labels"]["labels"]))
-    return torch.stack([_matrix(chosen, [each[sample] for each in seen]).mean(1) for sample in samples], dim=1)
+    return torch.stack([_matrix(chosen, [each[sample] for each in laid]).mean(1) for sample in samples], dim=1)
 
 
 def _matrix(members: Sequence[Member], tensors: Sequence[Tensor]) -> Tensor:
