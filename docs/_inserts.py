@@ -30,9 +30,8 @@ def criteria() -> str:
     rows = []
     for name in module.names():
         criterion = module.resolve(name)
-        needs = "batches and a loss" if criterion.needs_grads else "nothing"
-        sees = "those that read the axis" if criterion.on == "read" else "all of the axis"
-        rows.append((f"`{name}`", criterion.summary, sees, needs))
+        sees = {"all": "all of the axis", "read": "those that read the axis", "scale": "scales of norms"}[criterion.on]
+        rows.append((f"`{name}`", criterion.summary, sees, criterion.needs))
     return _table(("name", "score", "weights it sees", "needs"), rows)
 
 

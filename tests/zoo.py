@@ -274,6 +274,22 @@ class HardCoded(nn.Module):
         return self.head(F.relu(self.conv(x)).view(x.size(0), 6 * 16))
 
 
+@row(2, 5, 6)
+class Token(nn.Module):
+    """A parameter that broadcasts over the batch, and heads by a number in forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.embed = nn.Parameter(torch.randn(1, 1, 12)), nn.Linear(6, 12)
+        self.query, self.head = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.embed(x)], dim=1)
+        heads = self.query(x).unflatten(-1, (4, 3)).transpose(1, 2)
+        x = F.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+        return self.head(x[:, 0])
+
+
 @row(2, 6)
 class SharedTwice(nn.Module):
     """One module called twice, so what it reads and what it writes are one axis."""

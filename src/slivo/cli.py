@@ -277,9 +277,7 @@ def criteria() -> None:
     from slivo.prune import criteria as module
 
     found = {name: module.resolve(name) for name in module.names()}
-    rows = [
-        [name, each.summary, "batches and a loss" if each.needs_grads else "nothing"] for name, each in found.items()
-    ]
+    rows = [[name, each.summary, each.needs] for name, each in found.items()]
     console.table(("criterion", "score of a position", "needs"), rows)
 
 

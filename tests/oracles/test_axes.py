@@ -127,6 +127,7 @@ DEAD_COUNT = {
     "AmbiguousAttributes",
     "SelfAttention",
     "HalvesRotary",
+    "Token",
 }
 
 

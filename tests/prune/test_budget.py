@@ -13,6 +13,7 @@ from zoo import build
 import slivo
 from slivo.errors import SlivoError, TargetError
 from slivo.prune import Budget, allocate
+from slivo.prune.budget import alike
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,11 @@ def graph():
     layers = [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 48, 3), nn.ReLU(), nn.Conv2d(48, 80, 1)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(80, 10))
     return slivo.trace(model, torch.randn(2, 3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def staged():
+    return slivo.trace(Stages(), torch.randn(2, 3, 6, 6))
 
 
 def scores(graph, seed):
@@ -32,7 +38,7 @@ def scores(graph, seed):
     st.floats(0.15, 0.95),
     st.integers(0, 99),
     st.sampled_from(["macs", "params"]),
-    st.sampled_from(["global", "uniform"]),
+    st.sampled_from(["global", "uniform", "isomorphic"]),
 )
 def test_budgets_are_hit_within_one_percent(graph, share, seed, what, scope):
     kept = allocate(graph, scores(graph, seed), Budget(**{what: share}), scope=scope)
@@ -63,6 +69,56 @@ def test_uniform_keeps_the_same_share_everywhere(graph):
     kept = allocate(graph, scores(graph, 0), Budget(macs=0.5), scope="uniform")
     shares = [len(stays) / graph[axis].size for axis, stays in kept.items()]
     assert max(shares) - min(shares) < 0.04
+
+
+class Stages(nn.Module):
+    """Two stages of residual blocks, the second one wider: like axes in both."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.ModuleList([nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 1)])
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, width, 3, padding=1))
+            for width in (16, 16, 32, 32)
+        )
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        for index, block in enumerate(self.blocks):
+            x = self.stem[index // 2](x) if index % 2 == 0 else x
+            x = x + block(x)
+        return self.head(x.mean((2, 3)))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.floats(0.3, 0.9), st.integers(0, 99), st.sampled_from(["macs", "params"]))
+def test_classes_of_like_axes_lose_the_same_share(staged, share, seed, what):
+    """However the scores of one class compare with those of another."""
+    classes = [[axis.name for axis in staged.prunable if ("blocks" in axis.name) is inner] for inner in (True, False)]
+    given_scores = scores(staged, seed)
+    for name in classes[0]:
+        given_scores[name] = given_scores[name] * 1e6
+    kept = allocate(staged, given_scores, Budget(**{what: share}), scope="isomorphic", min_width=1)
+    macs, params = staged.count({axis: len(stays) for axis, stays in kept.items()})
+    found = macs / staged.macs if what == "macs" else params / staged.params
+    assert share * 0.97 - 0.002 <= found <= share
+    sizes = {axis.name: len(kept.get(axis.name, range(axis.size))) for axis in staged.prunable}
+    shares = [sum(sizes[name] for name in names) / sum(staged[name].size for name in names) for names in classes]
+    assert abs(shares[0] - shares[1]) < 0.05
+    for name, stays in kept.items():
+        gone = sorted({*range(staged[name].size)} - {*stays})
+        assert given_scores[name][gone].max() <= given_scores[name][stays].min()
+
+
+def test_like_axes_compete(staged):
+    """In a class the least important go first, whichever axis they are on."""
+    first, *others = [axis.name for axis in staged.prunable if "blocks" in axis.name]
+    assert len(others) == 3
+    assert {alike(staged, staged[name]) for name in others} == {alike(staged, staged[first])}
+    given_scores = scores(staged, 0)
+    given_scores[first] = given_scores[first] / 1e6
+    kept = allocate(staged, given_scores, Budget(macs=0.6), scope="isomorphic", min_width=1)
+    assert len(kept[first]) == 1
 
 
 def test_absolute_counts_and_both_at_once(graph):

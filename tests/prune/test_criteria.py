@@ -10,9 +10,22 @@ from torch import nn
 import slivo
 from slivo.errors import RecipeError, SlivoError
 from slivo.prune import criteria, importance
+from slivo.prune.readers import Reader
 
 W = torch.tensor([[1.0, -2.0], [0.5, 0.5], [-3.0, 0.0]])
 G = torch.tensor([[2.0, 1.0], [-1.0, 4.0], [0.0, 5.0]])
+
+# What criteria are given; three positions each.
+GIVEN = {
+    "weights": W,
+    "grads": G,
+    "drawn": G,
+    "inputs": torch.tensor([[4.0, 1.0], [0.0, 9.0], [1.0, 0.0]]),
+    # Activations that have nothing to do with one another, whose squares have the mean 4.
+    "readers": (Reader(W[:, None, :], torch.diag(torch.tensor([1.0, 3.0, 8.0])), torch.arange(3)[:, None]),),
+    "units": torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]),
+    "labels": torch.tensor([5, 5, 7, 7]),
+}
 
 # A criterion without a row here fails the test below.
 BY_HAND = {
@@ -28,16 +41,23 @@ BY_HAND = {
     "gradient": [5.0, 17.0, 25.0],
     "fisher": [4.0, 0.5 * (0.25 + 4.0), 0.0],
     "random": None,
+    "bn_scale": [1.5, 0.5, 1.5],
+    "lamp": [5 / 14, 0.5 / 14.5, 1.0],
+    "wanda": [4.0, 1.5, 3.0],
+    "activation": [1.5, 1.5, 0.5],
+    "obs": [1.04 * 5, 3.04 * 0.5, 8.04 * 9],
+    "information": [np.log(2), 0.0, np.log(2) / 4 + np.log(2 / 3) / 4 + np.log(4 / 3) / 2],
+    "kl": [0.0, 1.125, 0.0],
 }
 
 
 @pytest.mark.parametrize("name", criteria.names())
 def test_by_hand(name):
     found = criteria.resolve(name)
-    score = found.score(W, G) if found.needs_grads else found.score(W)
+    score = found.score(*(GIVEN[each] for each in found.given))
     assert score.shape == (3,)
     if BY_HAND[name] is not None:
-        assert np.allclose(score.numpy(), BY_HAND[name])
+        assert np.allclose(score.numpy(), BY_HAND[name], atol=1e-7)
 
 
 @pytest.mark.parametrize("name", criteria.names())
@@ -62,6 +82,22 @@ def loss(model, batch):
     return model(batch).square().mean()
 
 
+def normed() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh()),
+        *(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh()),
+        nn.Linear(4, 2),
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model.double()
+
+
+def supervised(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
 @pytest.mark.parametrize("name", criteria.names())
 def test_scores_follow_their_positions(name):
     """Permuting an axis permutes its scores: nothing depends on the order."""
@@ -69,17 +105,18 @@ def test_scores_follow_their_positions(name):
         torch.manual_seed(0)
         assert len(set(criteria.random.score(W).tolist())) == 3
         return
-    model, batch = net(), torch.randn(6, 3).double()
+    model, x = normed(), torch.randn(6, 3).double()
+    batch = (x, torch.arange(6) % 2)
     order = torch.tensor([3, 1, 4, 0, 2])
-    other = net()
+    other = normed()
     with torch.no_grad():
-        other[0].weight.copy_(model[0].weight[order])
-        other[0].bias.copy_(model[0].bias[order])
-        other[2].weight.copy_(model[2].weight[:, order])
+        for tensor, value in (*model[0].named_parameters("0"), *model[1].named_parameters("1")):
+            other.get_parameter(tensor).copy_(value[order])
+        other[3].weight.copy_(model[3].weight[:, order])
     found = []
     for each in (model, other):
-        graph = slivo.trace(each, batch)
-        scores = importance(each, graph, graph.prunable, criteria.resolve(name), batches=[batch], loss=loss)
+        graph = slivo.trace(each, x)
+        scores = importance(each, graph, graph.prunable, criteria.resolve(name), batches=[batch], loss=supervised)
         found.append(scores["0 out"])
     assert np.allclose(found[0][order.numpy()], found[1])
 

@@ -25,7 +25,7 @@ from slivo.graph.axes import Graph
 from slivo.graph.capture import Capture, capture, put_tensors_
 from slivo.graph.copies import keep_persistence_
 from slivo.graph.decompose import numbers
-from slivo.graph.dims import Prod, Term, head, product, size_after
+from slivo.graph.dims import UNIT, Prod, Term, head, product, size_after
 from slivo.graph.infer import Inference
 from slivo.graph.inputs import Call, ExampleInputs, as_args
 from slivo.graph.sizes import check_sizes_, is_factor
@@ -108,7 +108,8 @@ def relearn(
     known = {own: graph.inference.tensors.get(names[own]) for own in captured.tensors.values()}
     tensors = {own: dims for own, dims in known.items() if dims is not None}
     # Copies, because what is learned here must not change what is known of the model.
-    tensors, variables = copy.deepcopy((tensors, [graph.variables[axis] for axis in keep]))
+    # There is but one dimension of size 1.
+    tensors, variables = copy.deepcopy((tensors, [graph.variables[axis] for axis in keep]), {id(UNIT): UNIT})
     inference = Inference(captured, tensors=tensors, boundary=False)
     inference.run()
     axes = map(head, variables)  # what was learned here may have bound them to one another

@@ -15,9 +15,12 @@ from slivo.errors import TargetError
 from slivo.graph import Axis, Graph
 from slivo.prune.options import check_widths, said
 
-Scope = Literal["global", "uniform"]
+Scope = Literal["global", "uniform", "isomorphic"]
 Scores = Mapping[str, NDArray[np.float64]]
 """For each axis, by name, the importance of each position."""
+
+Role = tuple[tuple[int, tuple[int, ...], int, bool, bool], ...]
+"""What an axis is to the weights that it lies on; see `alike`."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,9 @@ def allocate(
         scores: The axes that may be cut, and the importance of each of their positions.
         budget: What may stay.
         scope: ``global`` ranks all positions of all axes together and removes the least important; ``uniform``
-            keeps the same share of every axis.
+            keeps the same share of every axis; ``isomorphic`` removes the same share of each class of axes that
+            are alike (`alike`), and within a class the least important (Fang, Ma, Mi, Wang 2024, "Isomorphic Pruning
+            for Vision Models", arXiv:2407.04616).
         min_width: Least size of an axis that is cut: a share of its size, or a count (an int). A tenth by default,
             so that no layer collapses whatever its scores.
         round_to: Sizes that change become multiples of this, for hardware that likes them (8, 16, 32), and of what
@@ -146,7 +151,7 @@ def allocate(
     """
     groups = _groups(graph, scores, min_width, round_to)
     limits = budget.limits(macs=graph.macs, params=graph.params)
-    removed = _removals(groups, scope)
+    removed = _removals(graph, groups, scope)
     low, high = 0, len(removed)
     least = _count(graph, groups, _cut(groups, removed))
     if not _within(least, limits):
@@ -182,24 +187,59 @@ def _groups(graph: Graph, scores: Scores, min_width: float | int, round_to: int)
     return groups
 
 
-def _removals(groups: Sequence[_Group], scope: Scope) -> list[int]:
+def alike(graph: Graph, axis: Axis) -> Role:
+    """Return what an axis is to the weights that it lies on: axes for which this is equal compete in one class.
+
+    Args:
+        graph: The traced model.
+        axis: One of its axes.
+
+    Returns:
+        For each parameter on the axis, sorted: its number of dimensions, its kernel's size, which dimension lies on the
+        axis, whether the parameter reads it, and whether a position has several entries of it. Widths do not matter:
+        stages of a network are alike although later ones are wider.
+
+    Example:
+        >>> import slivo, torch
+        >>> layers = [torch.nn.Linear(4, 8), torch.nn.Linear(8, 6), torch.nn.Linear(6, 2)]
+        >>> graph = slivo.trace(torch.nn.Sequential(*layers), torch.randn(2, 4))
+        >>> alike(graph, graph["0 out"]) == alike(graph, graph["1 out"])
+        True
+    """
+    found = []
+    for member in axis.members:
+        if member.tensor in graph.parameters:
+            shape = [term.size for term in graph.inference.tensors[member.tensor]]
+            found.append((len(shape), tuple(shape[2:]), member.dim, member.reads, member.index.shape[1] > 1))
+    return tuple(sorted(found))
+
+
+def _removals(graph: Graph, groups: Sequence[_Group], scope: Scope) -> list[int]:
     """Return group numbers, one for each position that goes, in the order in which they go."""
     if scope == "uniform":
-        ranked = [
-            (rank / group.size, number)
-            for number, group in enumerate(groups)
-            for rank in range(1, group.size - group.least + 1)
-        ]
+        classes: list[list[int]] = [[number] for number in range(len(groups))]
     elif scope == "global":
-        # The ranks of a group go in order even where scores are equal or not numbers; sorting is stable.
-        ranked = [
-            (score, number)
-            for number, group in enumerate(groups)
-            for score in np.maximum.accumulate(group.scores)[: group.size - group.least].tolist()
-        ]
+        classes = [[*range(len(groups))]]
+    elif scope == "isomorphic":
+        found: dict[tuple[Role, ...], list[int]] = {}
+        for number, group in enumerate(groups):
+            found.setdefault(tuple(sorted(alike(graph, axis) for axis in group.axes)), []).append(number)
+        classes = [*found.values()]
     else:
-        raise TargetError(f"scope is {scope!r}; 'global' or 'uniform'")
-    return [number for _, number in sorted(ranked)]
+        raise TargetError(f"scope is {scope!r}; 'global', 'uniform' or 'isomorphic'")
+    shares = []
+    for numbers in classes:
+        whole = sum(groups[number].size for number in numbers)
+        # The ranks of a group go in order even where scores are equal or not numbers; sorting is stable.
+        ranked = sorted(
+            (score, number)
+            for number in numbers
+            for score in np.maximum.accumulate(groups[number].scores)[
+                : groups[number].size - groups[number].least
+            ].tolist()
+        )
+        shares += [(rank / whole, number) for rank, (_, number) in enumerate(ranked, start=1)]
+    return [number for _, number in sorted(shares)]
 
 
 def _cut(groups: Sequence[_Group], removed: Sequence[int]) -> list[int]:

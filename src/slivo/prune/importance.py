@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx, nn
 
 from slivo.errors import SlivoError
 from slivo.graph import Axis, Graph, Member
 from slivo.graph.capture import evaluating
 from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
-from slivo.prune.criteria import Criterion
+from slivo.prune import readers, runs
+from slivo.prune.criterion import Criterion
 from slivo.prune.options import check_batches, said
-
-Loss = Callable[[nn.Module, Any], Tensor]
-"""``loss(model, batch)``: a scalar, the mean over the batch's samples."""
+from slivo.prune.runs import Found, Loss
 
 
 def importance(
@@ -39,8 +37,9 @@ def importance(
         graph: Its graph.
         axes: The axes to score.
         criterion: The criterion.
-        batches: What ``loss`` is called with; needed by criteria of the gradient, not used by the others.
-        loss: ``loss(model, batch)``, a scalar; the model is in evaluation mode.
+        batches: What ``loss`` is called with; without a loss, inputs as in `slivo.graph.inputs.as_args`, and pairs
+            ``(inputs, labels)`` for criteria of the label. Not used by criteria of the weights alone.
+        loss: ``loss(model, batch)``, a scalar; the model is in evaluation mode. Needed by criteria of the gradient.
 
     Returns:
         For each axis, by name, float64 scores of shape (axis size,). A relative criterion's are divided by their
@@ -48,20 +47,21 @@ def importance(
 
     Raises:
         SlivoError: If the criterion needs batches or a loss that are not given, the loss is not computed from the
-            model, or a score is not a finite number; names the tensor that is at fault.
+            model, a score is not a finite number, or nothing on an axis is of the kind that the criterion goes by;
+            names the tensor or axis that is at fault.
     """
     check_values(model)
-    parameters = set(graph.parameters)
-    members = {axis.name: _chosen(axis, parameters, criterion) for axis in axes}
+    scales = _scales(graph) if criterion.on == "scale" else frozenset[str]()
+    members = {axis.name: _chosen(axis, graph, criterion, scales) for axis in axes}
     scores: dict[str, Tensor] = {}
     passes = 0
-    for weights, grads in _passes(model, members, criterion, batches, loss):
+    for found in _passes(model, members, criterion, batches, loss):
         passes += 1
         for name, chosen in members.items():
-            matrices = [_matrix(chosen, weights)] if grads is None else [_matrix(chosen, v) for v in (weights, grads)]
-            score = _score(criterion, matrices, name)
+            seen = _seen(chosen, found, criterion, name)
+            score = _score(criterion, [_argument(each, seen, found) for each in criterion.given], graph[name])
             if not bool(score.isfinite().all()):
-                raise SlivoError(_infinite(criterion, name, chosen, weights, grads))
+                raise SlivoError(_infinite(criterion, name, seen, found))
             scores[name] = scores[name] + score if name in scores else score
     if not passes:
         raise SlivoError(f"criterion {criterion.name!r} was given no batches; give at least one")
@@ -74,96 +74,161 @@ def _passes(
     criterion: Criterion,
     batches: Iterable[Any] | None,
     loss: Loss | None,
-) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]]:
-    """Yield the weights, and for each batch their gradients if the criterion needs them."""
+) -> Iterator[Found]:
+    """Yield what the criterion is given, by name of the parameter and then of the tensor: once, or for each batch."""
     held = dict(model.named_parameters(remove_duplicate=False))
     used = sorted({member.tensor for chosen in members.values() for member in chosen})
-    if not criterion.needs_grads:
-        yield {name: value.detach() for name, value in held.items()}, None
+    if not criterion.needs_batches:
+        yield {"weights": {name: value.detach() for name, value in held.items()}}
         return
-    if batches is None or loss is None:
-        raise SlivoError(f"criterion {criterion.name!r} needs gradients: give batches=… and loss=…")
+    if batches is None or (loss is None and criterion.needs_grads):
+        raise SlivoError(
+            f"criterion {criterion.name!r} needs gradients: give batches=… and loss=…"
+            if criterion.needs_grads
+            else f"criterion {criterion.name!r} needs {criterion.needs}: give batches=…"
+        )
     check_batches(batches)
-    if not callable(loss):
+    if loss is not None and not callable(loss):
         raise SlivoError(
             f"loss is {said(loss)}; give a function, loss(model, batch), that returns a tensor of one number"
         )
     # A copy, because parameters may be frozen and gradients may be in use.
     with torch.inference_mode(False):
         twin = duplicate(model).requires_grad_(True)
-    weights = dict(twin.named_parameters(remove_duplicate=False))
+    every = dict(twin.named_parameters(remove_duplicate=False))
+    weights = {name: every[name] for name in used}
     with evaluating(twin):
+        for found in _runs(twin, weights, criterion, batches, loss):
+            yield {"weights": {name: value.detach() for name, value in weights.items()}, **found}
+
+
+def _runs(
+    twin: nn.Module, weights: Mapping[str, Tensor], criterion: Criterion, batches: Iterable[Any], loss: Loss | None
+) -> Iterator[Found]:
+    """Run the batches, and yield what the criterion is given besides the weights."""
+    given = {*criterion.given}
+    if "units" in given:
+        yield from runs.units(twin, weights, batches)
+    elif given & {"inputs", "readers"}:
+        yield from runs.activations(twin, weights, batches, loss, products="readers" in given)
+    elif "drawn" in given:
+        yield from runs.drawn(twin, weights, batches, loss)
+    elif loss is not None:
         for batch in batches:
-            grads = _gradients(loss, twin, batch, [weights[name] for name in used])
-            found = {
-                name: torch.zeros_like(weights[name]) if grad is None else grad
-                for name, grad in zip(used, grads, strict=True)
-            }
-            yield {name: weights[name].detach() for name in used}, found
+            yield {"grads": runs.gradients(loss, twin, batch, weights)}
 
 
-def _chosen(axis: Axis, parameters: set[str], criterion: Criterion) -> list[Member]:
+def _scales(graph: Graph) -> frozenset[str]:
+    """Names of the parameters that scale what a norm gives out."""
+    tensors, found = graph.inference.capture.tensors, set[str]()
+    for node in graph.inference.capture.graph.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.name.endswith("_norm"):
+            continue
+        names = [argument.name for argument in schema.arguments]
+        scale = dict(zip(names, node.args, strict=False)).get("weight", node.kwargs.get("weight"))
+        if isinstance(scale, fx.Node) and scale.name in tensors:
+            found.add(tensors[scale.name])
+    return frozenset(found)
+
+
+def _chosen(axis: Axis, graph: Graph, criterion: Criterion, scales: frozenset[str]) -> list[Member]:
     """The members whose weights the criterion sees; an axis that nothing reads is scored on all."""
-    mine = [member for member in axis.members if member.tensor in parameters]
+    mine = [member for member in axis.members if member.tensor in graph.parameters]
+    if criterion.on == "scale":
+        scaling = [member for member in mine if member.tensor in scales]
+        if not scaling:
+            raise SlivoError(
+                f"criterion {criterion.name!r} goes by the scales of norms, and no norm's lies on axis {axis.name!r}; "
+                "exclude the axis, or choose another criterion"
+            )
+        return scaling
     reading = [member for member in mine if member.reads]
     return reading if criterion.on == "read" and reading else mine
 
 
-def _matrix(members: Sequence[Member], tensors: Mapping[str, Tensor]) -> Tensor:
+def _seen(chosen: Sequence[Member], found: Found, criterion: Criterion, axis: str) -> Sequence[Member]:
+    """The members whose activations were seen, for a criterion of those.
+
+    No weight reads some axes, such as the width of queries. If the criterion looks at weights too, those that write the
+    axis are scored, with the activations that they read along their other dimension.
+    """
+    kinds = {"inputs", "readers", "units"} & {*criterion.given}
+    if not kinds:
+        return chosen
+    tensors = found[kinds.pop()]
+    seen = [member for member in chosen if readers.key(member.tensor, member.dim) in tensors]
+    if not seen and {"weights", "inputs"} <= {*criterion.given}:
+        seen = [member for member in chosen if readers.key(member.tensor, 1 - member.dim) in tensors]
+    if not seen:
+        raise SlivoError(
+            f"no activation was seen that a weight of axis {axis!r} multiplies (only those of linear layers and "
+            "convolutions are); exclude the axis, or choose another criterion"
+        )
+    return seen
+
+
+def _argument(what: str, chosen: Sequence[Member], found: Found) -> Any:
+    """Return what one parameter of a criterion is given for an axis."""
+    tensors = found[what]
+    if what == "labels":
+        return tensors["labels"]
+    if what == "readers":
+        return readers.lay(chosen, found["weights"], tensors)
+    if what not in ("inputs", "units"):
+        return _matrix(chosen, [tensors[member.tensor] for member in chosen])
+    laid = []
+    for member in chosen:
+        either = [readers.key(member.tensor, dim) for dim in (member.dim, 1 - member.dim)]
+        laid.append(next(tensors[key] for key in either if key in tensors))
+    if what == "inputs":
+        return _matrix(chosen, laid)
+    samples = range(len(found["labels"]["labels"]))
+    return torch.stack([_matrix(chosen, [each[sample] for each in laid]).mean(1) for sample in samples], dim=1)
+
+
+def _matrix(members: Sequence[Member], tensors: Sequence[Tensor]) -> Tensor:
     """Lay out the entries of all members as one matrix of shape (positions, entries), float32 at least.
 
     Of complex entries the real and the imaginary parts are entries of their own.
     """
     rows = []
-    for member in members:
-        tensor = tensors[member.tensor].movedim(member.dim, 0)
+    for member, tensor in zip(members, tensors, strict=True):
+        tensor = tensor.movedim(member.dim, 0)
         tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         tensor = tensor.float() if tensor.dtype.itemsize < 4 else tensor
         rows.append(tensor[torch.from_numpy(member.index)].flatten(1))
     return torch.cat(rows, dim=1)
 
 
-def _gradients(loss: Loss, model: nn.Module, batch: Any, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Return the loss's gradients, whatever mode the caller is in."""
-    with torch.inference_mode(False), torch.enable_grad():
-        # What was made in inference mode takes part in no gradient; a copy of it does.
-        batch = pytree.tree_map_only(Tensor, lambda each: each.clone() if each.is_inference() else each, batch)
-        value = loss(model, batch)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            given = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-            raise SlivoError(f"the loss is of {given}; loss(model, batch) must return a tensor of one number")
-        found = torch.autograd.grad(value, weights, allow_unused=True) if value.requires_grad else ()
-    if all(grad is None for grad in found):
+def _score(criterion: Criterion, given: Sequence[Any], axis: Axis) -> Tensor:
+    score = criterion.score(*given)
+    if not isinstance(score, Tensor) or score.shape != (axis.size,):
+        given_back = f"shape {list(score.shape)}" if isinstance(score, Tensor) else f"type {type(score).__name__}"
         raise SlivoError(
-            "the loss does not depend on the model's weights; compute it with the model that loss is given"
-        )
-    return found
-
-
-def _score(criterion: Criterion, matrices: Sequence[Tensor], axis: str) -> Tensor:
-    score = criterion.score(*matrices)
-    if not isinstance(score, Tensor) or score.shape != matrices[0].shape[:1]:
-        given = f"shape {list(score.shape)}" if isinstance(score, Tensor) else f"type {type(score).__name__}"
-        raise SlivoError(
-            f"criterion {criterion.name!r} gives axis {axis!r} scores of {given}; it must return a tensor of shape "
-            f"{list(matrices[0].shape[:1])}, a score for each position"
+            f"criterion {criterion.name!r} gives axis {axis.name!r} scores of {given_back}; it must return a tensor of "
+            f"shape {[axis.size]}, a score for each position"
         )
     return score.double()
 
 
-def _infinite(
-    criterion: Criterion,
-    axis: str,
-    chosen: Sequence[Member],
-    weights: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor] | None,
-) -> str:
+def _infinite(criterion: Criterion, axis: str, chosen: Sequence[Member], found: Found) -> str:
     """Say where scores that are no finite numbers come from."""
     start = f"criterion {criterion.name!r} gives axis {axis!r} scores that are no finite numbers: "
-    for tensors, what in ((weights, ""), (grads or {}, "the gradient of ")):
-        for name in dict.fromkeys(member.tensor for member in chosen):
-            if name in tensors and not bool(tensors[name].isfinite().all()):
-                return f"{start}{what}{name} holds NaN or infinite values; repair the model, or exclude the axis"
+    for kind, what in (
+        ("weights", ""),
+        ("grads", "the gradient of "),
+        ("drawn", "the gradient of "),
+        ("inputs", "the activation that meets "),
+        ("readers", "the activation that meets "),
+    ):
+        tensors = found.get(kind, {})
+        for member in chosen:
+            tensor = tensors.get(member.tensor, tensors.get(readers.key(member.tensor, member.dim)))
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                return (
+                    f"{start}{what}{member.tensor} holds NaN or infinite values; repair the model, or exclude the axis"
+                )
     return f"{start}its weights are finite, but too large for it; give scores that stay finite, or exclude the axis"
 
 

@@ -19,9 +19,10 @@ from slivo.graph.inputs import Call, ExampleInputs, fresh
 from slivo.graph.twins import sharing
 from slivo.prune import criteria
 from slivo.prune.budget import Budget, Scope, allocate, check_budget
-from slivo.prune.importance import Loss, importance
+from slivo.prune.importance import importance
 from slivo.prune.options import check_widths, listed
 from slivo.prune.plans import Plan
+from slivo.prune.runs import Loss
 
 
 def prune(
@@ -47,7 +48,8 @@ def prune(
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         keep: What may stay, in MACs or parameters; hit within 1 % wherever single positions are that small.
         criterion: Name of a criterion (`slivo.prune.criteria.names`) or one of your own.
-        scope: ``global`` (all positions compete) or ``uniform`` (the same share of every axis).
+        scope: ``global`` (all positions compete), ``uniform`` (the same share of every axis) or ``isomorphic``
+            (positions compete with those of axes that are alike).
         only: Globs over axis names and module paths; if given, only axes that a matching module writes are cut.
         exclude: Globs over axis names and module paths; axes in which a matching module takes part are not cut.
         now: Globs as ``only``, to cut one part of the network after the other: the budget is planned over all axes
@@ -55,7 +57,8 @@ def prune(
         free: Globs over outputs whose sizes may change, as in `slivo.trace`: features of a backbone, say.
         min_width: Least size of an axis that is cut: a share, or a count (an int).
         round_to: Sizes that change become multiples of this.
-        batches: For criteria of the gradient: what ``loss`` is called with.
+        batches: For criteria that need data: what ``loss`` is called with; without a loss, inputs as
+            ``example_inputs``, or pairs ``(inputs, labels)`` for criteria of the label.
         loss: For criteria of the gradient: ``loss(model, batch)``, a scalar.
 
     Returns:

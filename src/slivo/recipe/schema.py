@@ -90,7 +90,9 @@ class Prune(Part):
     """Cut channels, heads and units out of the student, in one or several steps."""
 
     criterion: str = Field(default="l2", description="the name of a criterion; `slivo criteria` lists them")
-    scope: Literal["global", "uniform"] = Field(default="global", description="global or uniform")
+    scope: Literal["global", "uniform", "isomorphic"] = Field(
+        default="global", description="global, uniform or isomorphic"
+    )
     keep: Keep | None = Field(
         default=None, description="a mapping with macs or params, or left out for what the target asks"
     )

@@ -105,7 +105,7 @@ def run_prune(work: Work, step: Step) -> Outcome:
     part, task = step.part, work.task
     assert isinstance(part, Prune)
     assert step.goal is not None
-    needs_grads = criteria.resolve(part.criterion).needs_grads
+    needs = criteria.resolve(part.criterion).needs_batches
     only, now = list(part.only), []
     if step.piece is not None:
         pieces = parted(step.piece, work.student, task, part.exclude)
@@ -122,8 +122,8 @@ def run_prune(work: Work, step: Step) -> Outcome:
         now=now,
         min_width=part.min_width,
         round_to=part.round_to,
-        batches=list(_samples(work, part.samples)) if needs_grads else None,
-        loss=(lambda model, batch: task.loss(forward(task, model, batch), batch)) if needs_grads else None,
+        batches=list(_samples(work, part.samples)) if needs else None,
+        loss=(lambda model, batch: task.loss(forward(task, model, batch), batch)) if needs else None,
     )
     cut = edits.record(student)[-1]
     axes = len(cut.axes) if isinstance(cut, edits.Cut) else 0
