@@ -150,6 +150,21 @@ def test_errors_of_the_stream_are_mended_where_something_is_added_to_it() -> Non
     assert (stream(mended) - stream(model)).square().mean() < (stream(small) - stream(model)).square().mean()
 
 
+class Cubic(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.1 * x.pow(3)
+
+
+def test_what_is_added_to_its_own_output_is_no_stream() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3), Cubic()).double(), noise(40, 4)
+    small = halved(model, x, "0 out")
+    mended = refit(small, model, [x], ridge=TINY)
+    read = torch.cat([model[:2](x)[:, :4], torch.ones(40, 1, dtype=torch.float64)], 1)
+    expected = torch.linalg.lstsq(read, model[:3](x)).solution
+    torch.testing.assert_close(mended[2].weight, expected[:4].T, rtol=1e-6, atol=1e-8)
+
+
 def test_the_constant_part_goes_into_the_batch_norm() -> None:
     model, x = residual(), noise(24, 3, 6, 6)
     small = slivo.prune(model, x, keep=slivo.Budget(macs=0.6), only=["conv1"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from slivo.graph.inputs import Call, fresh
 
@@ -30,7 +32,8 @@ class Pass:
         x: What it was given.
         y: What it gave out, a copy.
         norm: The batch norm that took the output itself, if one did.
-        other: What the output, or the batch norm's, was added to, a copy; None if it was added to nothing.
+        other: What the output, or the batch norm's, was added to, a copy; None if it was added to nothing, or to what
+            came after it: that may be computed from it.
     """
 
     x: Tensor
@@ -53,19 +56,27 @@ class _DoneError(Exception):
 
 
 class _Additions(TorchFunctionMode):
-    """Tells of every addition of two tensors of one shape, before it is made: it may be made in place."""
+    """Tells of additions of two tensors of one shape, before they are made: they may be made in place.
+
+    Of each addition the later summand is told, and the earlier one.
+    """
 
     def __init__(self, tell: Callable[[Tensor, Tensor], None]) -> None:
         super().__init__()
         self.tell = tell
+        self.clock = itertools.count()
+        self.made: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ADDITIONS and not kwargs and all(isinstance(each, Tensor) for each in args[:2]):
             one, other = args[:2]
-            if one.shape == other.shape:
-                self.tell(one, other)
-                self.tell(other, one)
-        return func(*args, **(kwargs or {}))
+            if one.shape == other.shape and one is not other:
+                self.tell(*sorted((one, other), key=lambda each: -self.made.get(each, -1)))
+        found = func(*args, **(kwargs or {}))
+        for each in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(each, Tensor):
+                self.made[each] = next(self.clock)
+        return found
 
 
 def watch(
@@ -98,7 +109,8 @@ def watch(
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             norms[name] += 1
             for one in _who_gave(seen, args[0] if args else kwargs["input"]):
-                one.norm, one.now = name, output
+                # Subclasses may have an activation behind the norm.
+                one.norm, one.now = name, output if type(modules[name]) in NORMS else None
 
         return hook
 
