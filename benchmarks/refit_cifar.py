@@ -43,10 +43,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add what the block computes to what it was given."""
-        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        shortcut = x
         if self.stride > 1:
-            x = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more, self.more))
-        return (y + x).relu()
+            shortcut = x[:, :, :: self.stride, :: self.stride]
+            shortcut = nn.functional.pad(shortcut, (0, 0, 0, 0, self.more, self.more))
+        return (self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + shortcut).relu()
 
 
 class ResNet56(nn.Module):
