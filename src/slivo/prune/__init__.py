@@ -4,6 +4,7 @@ from slivo.prune.budget import Budget, allocate
 from slivo.prune.depth import drop, influence
 from slivo.prune.importance import importance
 from slivo.prune.plans import Plan
+from slivo.prune.refit import reestimate, refit
 from slivo.prune.schedule import steps
 from slivo.prune.vocabulary import keep_tokens
 from slivo.prune.width import cut, plan, prune, select
@@ -19,6 +20,8 @@ __all__ = [
     "keep_tokens",
     "plan",
     "prune",
+    "reestimate",
+    "refit",
     "select",
     "steps",
 ]
