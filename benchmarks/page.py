@@ -9,6 +9,7 @@ Of networks that are in several files, the last row counts: those that ran out o
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -42,17 +43,19 @@ python benchmarks/coverage.py --only 'torchvision/*' --json torchvision.json
 
 
 def main() -> int:
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--note", default="", help="what else to say of the measurement")
+    options = parser.parse_args()
     found: dict[str, Row] = {}
     machines = []
-    for file in map(Path, sys.argv[1:]):
+    for file in options.files:
         data = json.loads(file.read_text(encoding="utf-8"))
         machines.append(data["machine"])
         for each in data["rows"]:
             found[each["name"]] = Row(**{key: value for key, value in each.items() if key not in ("passed", "reasons")})
     rows = list(found.values())
-    print(TEXT + "\n".join([*table(rows), "", *notes(rows, machines[0])]))
+    print(TEXT + "\n".join([*table(rows), "", *notes(rows, machines[0], options.note)]))
     return 0
 
 
@@ -75,12 +78,13 @@ def table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def notes(rows: Sequence[Row], machine: str) -> list[str]:
+def notes(rows: Sequence[Row], machine: str, note: str) -> list[str]:
     """Write what the table leaves out."""
     return [
         f"Measured on {machine}; seconds are those of one processor, to trace, plan and cut, the checks of\n"
         "`slivo.prune` by running included. The last column is Torch-Pruning 1.6 in the same run, all widths by half;\n"
         "it passes if the result runs forward and backward and is smaller.",
+        *([note] if note else []),
         "",
         *[f"- {line}" for line in verdicts(rows)],
         "",
