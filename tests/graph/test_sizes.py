@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 
 import pytest
 import torch
+from oracles.dead import cut, dead
 from oracles.permutation import error, outputs
 from torch import fx, nn
 from zoo import ZOO, build
 
 import slivo
-from slivo import edits
 from slivo.errors import ShapeError
-from slivo.graph import plan_slices, settle
 from slivo.graph.capture import capture
 from slivo.graph.program import Program, describe_inputs, recapture
 from slivo.graph.sizes import is_factor, number
@@ -57,28 +55,6 @@ def differences(graph, model, x, *more):
         except ShapeError:
             continue
     return found
-
-
-def dead(model, graph):
-    """Return a copy of a model with dead positions, and what stays if these are cut."""
-    model, kept = copy.deepcopy(model), {}
-    tensors = dict(model.named_parameters())
-    for axis in graph.prunable:
-        if axis.size < 3 or axis.least > 1 or any(axis.name in tie for tie in graph.ties):
-            continue
-        kept[axis.name] = list(range(1, axis.size - 1))
-        for member in axis.members:
-            if member.tensor in tensors:
-                index = torch.from_numpy(member.index[[0, axis.size - 1]]).flatten()
-                with torch.no_grad():
-                    tensors[member.tensor].index_fill_(member.dim, index, 0.0)
-    return model, kept
-
-
-def cut(model, inputs, kept):
-    graph = slivo.trace(model, inputs)
-    attributes, programs = settle(model, graph, inputs, kept)
-    return edits.apply(model, edits.Cut(plan_slices(graph, kept), attributes, kept, programs)).eval()
 
 
 @pytest.mark.parametrize("name", sorted(name for name in ZOO if torch.is_tensor(ZOO[name][1]())))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 
 import pytest
 import torch
+from oracles.dead import cut, dead
 from oracles.permutation import error, outputs, permuted
 from zoo import ZOO, build
 
 import slivo
 from slivo import edits
-from slivo.graph import as_args, plan_slices, settle
+from slivo.graph import as_args
 from slivo.graph.program import tensors_of
 
 ALL = pytest.mark.parametrize("name", sorted(ZOO))
@@ -136,20 +136,6 @@ def test_cutting_dead_positions_changes_nothing(traced, name, caplog):
     """Positions that are zero in every parameter go without a trace: what is cut is what is meant to be cut."""
     caplog.set_level(logging.ERROR, "slivo")
     model, inputs, graph = traced(name)
-    dead = copy.deepcopy(model)
-    tensors = dict(dead.named_parameters())
-    tied = {axis for tie in graph.ties for axis in tie}
-    kept = {}
-    for axis in graph.prunable:
-        if axis.size < 3 or axis.least > 1 or axis.name in tied:
-            continue
-        kept[axis.name] = list(range(1, axis.size - 1))
-        for member in axis.members:
-            if member.tensor in tensors:
-                index = torch.from_numpy(member.index[[0, axis.size - 1]]).flatten()
-                with torch.no_grad():
-                    tensors[member.tensor].index_fill_(member.dim, index, 0.0)
-    graph = slivo.trace(dead, inputs)
-    attributes, programs = settle(dead, graph, inputs, kept)
-    small = edits.apply(dead, edits.Cut(plan_slices(graph, kept), attributes, kept, programs))
-    assert error(outputs(small.eval(), inputs), outputs(dead, inputs)) < 1e-12
+    gone, kept = dead(model, graph)
+    small = cut(gone, inputs, kept)
+    assert error(outputs(small, inputs), outputs(gone, inputs)) < 1e-12

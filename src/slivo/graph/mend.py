@@ -13,9 +13,9 @@ from typing import Any
 from torch import fx, nn
 
 from slivo.graph.axes import Graph
-from slivo.graph.infer import Literal
 from slivo.graph.program import Program, argument, plan_rewrites
 from slivo.graph.search import Choices, Search, Setting, Trial, set_
+from slivo.graph.statements import Literal
 
 
 def mend_(

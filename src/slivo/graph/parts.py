@@ -11,7 +11,6 @@ from torch import fx, nn
 from slivo.errors import SlivoError
 from slivo.graph.axes import Graph
 from slivo.graph.capture import Capture, canonical_names, evaluating
-from slivo.graph.copies import stand_for_
 from slivo.graph.inputs import Call
 from slivo.graph.program import Program, build, describe_inputs, imitate_call, relearn
 from slivo.graph.twins import capture_once
@@ -54,9 +53,7 @@ def replace_(model: nn.Module, name: str, found: Program) -> None:
 
 def put_(model: nn.Module, name: str, graph: fx.GraphModule) -> None:
     """Put a graph in a module's place, in the mode that the module is in."""
-    module = model.get_submodule(name)
-    training = module.training
-    stand_for_(graph, module)
+    training = model.get_submodule(name).training
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, graph.train(training))
 

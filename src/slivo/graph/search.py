@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from slivo.graph.capture import quiet
-from slivo.graph.copies import duplicate
+from slivo.graph.copies import duplicate, stand_for_
 from slivo.graph.parts import put_
 from slivo.graph.program import Program
 
@@ -202,6 +202,7 @@ class Search:
         found = self.part(name)
         if found is None:
             return False
+        stand_for_(found[1], self.live.get_submodule(name))
         put_(self.live, name, found[1])
         self.progress.watch(found[1], name)
         self.programs[name] = found[0]

@@ -13,10 +13,10 @@ from slivo.graph.axes import Graph
 from slivo.graph.capture import canonical_names
 from slivo.graph.copies import stand_for_
 from slivo.graph.dims import Term, Var, head, positions, size_after
-from slivo.graph.infer import Fact
 from slivo.graph.parts import replace_
 from slivo.graph.program import Program
 from slivo.graph.slicing import Slices, check, cut_, within
+from slivo.graph.statements import Fact
 from slivo.graph.twins import sharing
 
 Attributes = Mapping[str, Mapping[str, Any]]
