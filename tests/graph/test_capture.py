@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import slivo
 from slivo.errors import CaptureError
-from slivo.graph.capture import canonical_names, capture, evaluating
+from slivo.graph.capture import canonical_names, capture, evaluating, sparing
 from slivo.graph.inputs import Call, as_args, describe
 
 
@@ -140,3 +140,11 @@ def test_as_args_takes_calls_and_lists():
 
 def test_describe():
     assert describe((torch.zeros(1, 2), 3), {"flag": True}) == "float32[1, 2], int, flag=bool"
+
+
+def test_graph_modules_made_during_an_export_are_compiled_when_they_are_called():
+    """PyTorch's passes and models that trace themselves may run what they made."""
+    with sparing():
+        traced = fx.symbolic_trace(nn.Linear(2, 3))
+        assert traced(torch.zeros(4, 2)).shape == (4, 3)
+    assert traced(torch.zeros(5, 2)).shape == (5, 3)

@@ -46,6 +46,10 @@ def test_parts_keep_what_is_shared_and_what_is_not_stored():
     assert small.conv.groups == small.conv.out_channels == len(small.conv.weight) < 16
     constants = {"blocks.0.lifted_tensor_0", "blocks.1.lifted_tensor_0"}  # which the blocks' code makes
     assert set(small.state_dict()) == set(model.state_dict()) | constants
+    assert len(model.blocks[0].places) == 1  # as before it ran
+    again = edits.replay(build("Keeping")[0], edits.from_json(edits.to_json(edits.record(small))))
+    again.load_state_dict(small.state_dict())
+    assert error(outputs(again.eval(), inputs), outputs(small.eval(), inputs)) == 0
 
 
 def test_a_search_leaves_no_tensors_without_values():

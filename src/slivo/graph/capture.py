@@ -7,7 +7,7 @@ import logging
 import textwrap
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch._functorch import config as _functorch_config
 from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
 from slivo.errors import CaptureError
@@ -64,9 +65,7 @@ def capture(
     check_model(model)
     args, kwargs = as_args(example_inputs)
     real, refused = not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]), False
-    # Where in the code each operator stands is of no use here, and takes a fifth of the time.
-    untraced = patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
-    with evaluating(model, training=training), torch.no_grad(), quiet(), untraced:
+    with evaluating(model, training=training), torch.no_grad(), quiet(), sparing():
         given, args, kwargs = (model, args, kwargs) if real else _imagined(model, args, kwargs)
         # Tensors that the code makes are on the CPU too then, whatever the default device is.
         with nullcontext() if real else torch.device("cpu"):
@@ -82,6 +81,10 @@ def capture(
     if not real:
         put_tensors_(module, model)
     _name_constants_(module)
+    _forget_caches_(module)
+    for block in module.modules():
+        if isinstance(block, fx.GraphModule) and block is not module:
+            block.recompile()
     # Made anew, because an exported module refuses to be put into training or evaluation mode.
     graph = fx.GraphModule(module, module.graph, type(model).__name__)
     keep_persistence_(graph, model)
@@ -108,6 +111,37 @@ def _export(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object
     return module
 
 
+@contextmanager
+def sparing() -> Iterator[None]:
+    """Have PyTorch leave out, while it exports, what is of no use here and takes half of the time.
+
+    That is where in the code each operator stands, how each result lies in memory, and the Python code of every graph
+    module on the way, which nobody runs: those that come out are to be compiled again.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(fx.config, "do_not_emit_stack_traces", True, create=True))
+        if hasattr(proxy_tensor, "_extract_tensor_metadata"):
+            stack.enter_context(patch.object(proxy_tensor, "_extract_tensor_metadata", lambda *_: None))
+        stack.enter_context(patch.object(fx.GraphModule, "recompile", _compile_when_called))
+        yield
+
+
+def _compile_when_called(module: fx.GraphModule) -> None:
+    """Take the place of `torch.fx.GraphModule.recompile`: note what the graph takes and gives out, and no more."""
+    codegen = module.graph._codegen
+    if isinstance(codegen, fx.graph._PyTreeCodeGen):
+        module._in_spec, module._out_spec = codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
+
+    def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        _compile(self)
+        return self(*args, **kwargs)
+
+    type(module).forward = forward
+
+
+_compile = fx.GraphModule.recompile
+
+
 def _name_constants_(module: fx.GraphModule) -> None:
     """Fetch by name what the code reached past the modules, as in Keras, so that export took it for constants."""
     named = {_storage(tensor): name for name, tensor in module.named_parameters()}
@@ -116,6 +150,18 @@ def _name_constants_(module: fx.GraphModule) -> None:
             constant = getattr(module, str(node.target))
             if constant.numel() and not constant.is_meta:
                 node.target = named.get(_storage(constant), node.target)
+
+
+def _forget_caches_(module: fx.GraphModule) -> None:
+    """Take out what puts a tensor of another shape into a buffer: a cache that the code makes anew at its first call.
+
+    The graph makes it anew at each call.
+    """
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten.copy_.default and node.args[0].op == "get_attr" and not node.users:
+            kept, new = (each.meta["val"].shape for each in node.args[:2])
+            if list(kept) != list(new):
+                module.graph.erase_node(node)
 
 
 def _storage(tensor: Tensor) -> tuple[object, ...]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-import torch
 from torch import fx, nn
 
 from slivo.errors import SlivoError
 from slivo.graph.axes import Graph
-from slivo.graph.capture import Capture, canonical_names, evaluating
+from slivo.graph.capture import Capture, canonical_names
 from slivo.graph.inputs import Call
 from slivo.graph.program import Program, build, describe_inputs, imitate_call, relearn
 from slivo.graph.twins import capture_once
@@ -56,22 +54,3 @@ def put_(model: nn.Module, name: str, graph: fx.GraphModule) -> None:
     training = model.get_submodule(name).training
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, graph.train(training))
-
-
-def calls(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Call]:
-    """Run a model, and return what each of its modules is called with, if it is called once."""
-    found: dict[str, list[Call]] = {}
-
-    def note(name: str) -> Any:
-        return lambda _module, given, named: found.setdefault(name, []).append(Call(given, named))
-
-    hooks = [
-        module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in model.named_modules() if name
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: several[0] for name, several in found.items() if len(several) == 1}

@@ -17,7 +17,7 @@ from slivo.graph.capture import canonical_names, check_runs, evaluating
 from slivo.graph.copies import duplicate
 from slivo.graph.inputs import Call, ExampleInputs, as_args, fresh
 from slivo.graph.mend import changed, mend_
-from slivo.graph.parts import calls, plan_part
+from slivo.graph.parts import plan_part
 from slivo.graph.program import (
     Program,
     build,
@@ -29,6 +29,7 @@ from slivo.graph.program import (
 )
 from slivo.graph.search import Trial
 from slivo.graph.surgery import perform_, plan_attributes, plan_slices
+from slivo.graph.survey import Survey, survey
 
 _log = logging.getLogger("slivo")
 
@@ -69,12 +70,13 @@ def settle(
         if isinstance(found, Exception):
             raise ShapeError(f"the cut model does not run: {found}") from found
         return attributes, {}
+    seen = functools.cache(lambda: survey(model, Call(args, kwargs)))
     mended = mend_(
         live,
         graph,
         keep,
-        Trial(lambda changed: _run(changed, args, kwargs), lambda found: _agree(found, expected), model),
-        _parts(model, graph, keep, args, kwargs),
+        Trial(lambda changed: _run(changed, args, kwargs), lambda found: _agree(found, expected), seen),
+        _parts(model, graph, keep, seen),
     )
     if mended is not None:
         settings, programs = mended
@@ -130,15 +132,13 @@ def _parts(
     model: nn.Module,
     graph: Graph,
     keep: Mapping[str, Sequence[int]],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    seen: Callable[[], Survey],
 ) -> Callable[[str], tuple[Program, fx.GraphModule] | None]:
     """Return what makes of a module's name the module's own graph, cut."""
-    called = functools.cache(lambda: calls(model, args, kwargs))
     slices, names = plan_slices(graph, keep), canonical_names(model)
 
     def part(name: str) -> tuple[Program, fx.GraphModule] | None:
-        found = plan_part(model, graph, keep, name, called()[name]) if name in called() else None
+        found = plan_part(model, graph, keep, name, seen().calls[name]) if name in seen().calls else None
         if found is None:
             return None
         captured, program = found

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from slivo.graph.capture import quiet
-from slivo.graph.copies import duplicate, stand_for_
+from slivo.graph.copies import stand_for_
 from slivo.graph.parts import put_
 from slivo.graph.program import Program
+from slivo.graph.survey import OnShapes, Survey
 
 Setting = tuple[str, str, Any]
 """A module, an attribute of it, and the value to set."""
@@ -41,33 +41,16 @@ class Trial:
     Args:
         run: Runs a model; returns what it gives out, or the exception it raises.
         right: Tells whether that is right.
-        uncut: The model before the cut.
+        seen: Runs the model before the cut, and says what it shows.
     """
 
     run: Callable[[nn.Module], Sequence[Tensor] | Exception]
     right: Callable[[Sequence[Tensor] | Exception], bool]
-    uncut: nn.Module
+    seen: Callable[[], Survey]
 
     def __call__(self, model: nn.Module) -> bool:
         """Run a model and tell whether it is right."""
         return self.right(self.run(model))
-
-
-class _OnMeta(TorchFunctionMode):
-    """Has every tensor that an operator is given, or makes, on the meta device: a run on shapes alone."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = {name: "meta" if name == "device" else _on_meta(value) for name, value in (kwargs or {}).items()}
-        with torch.device("meta"):  # for what makes tensors and says nothing of a device
-            return function(*_on_meta(args), **named)
-
-
-def _on_meta(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value if value.is_meta else value.to("meta")
-    if isinstance(value, torch.device):
-        return torch.device("meta")
-    return type(value)(map(_on_meta, value)) if type(value) in (tuple, list) else value
 
 
 class _Progress(TorchFunctionMode):
@@ -119,11 +102,14 @@ class Search:
     programs: dict[str, Program] = field(default_factory=dict)
     runs: int = 0
     progress: _Progress = field(default_factory=_Progress)
-    shapes: bool = True
+    shapes: bool = False
 
     def run(self) -> tuple[list[Setting], dict[str, Program]] | None:
         """Return what has to be set, and what takes the places of modules; None if nothing makes the model right."""
-        self.shapes = self._runs_on_shapes(duplicate(self.trial.uncut, share=True))
+        seen = self.trial.seen()
+        self.shapes = seen.shapes
+        # Attributes that no code reads would be set for nothing, each at the price of a run.
+        self.choices = [{at: values for at, values in each.items() if at in seen.reads} for each in self.choices]
         self.progress.watch(self.live)
         reached = self._attempt()
         while reached < inf and self.runs < _MOST_RUNS:
@@ -146,16 +132,8 @@ class Search:
                 return self.progress.count
         return inf if self.trial.right(found) else self.progress.count
 
-    def _runs_on_shapes(self, uncut: nn.Module) -> bool:
-        """Tell whether shapes suffice: the code asks for no values, and keeps nothing of a run for the next."""
-        found = self._run(uncut, shapes=True)
-        held = (
-            value for module in uncut.modules() for each in (vars(module), module._buffers) for value in each.values()
-        )
-        return not isinstance(found, Exception) and not any(isinstance(v, Tensor) and v.is_meta for v in held)
-
     def _run(self, model: nn.Module, *, shapes: bool) -> Sequence[Tensor] | Exception:
-        with quiet(), _OnMeta() if shapes else nullcontext(), self.progress:
+        with quiet(), OnShapes() if shapes else nullcontext(), self.progress:
             return self.trial.run(model)
 
     def _set(self, reached: float, stack: Sequence[str], passed: Sequence[str]) -> bool:

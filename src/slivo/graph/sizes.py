@@ -22,7 +22,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._subclasses import fake_tensor
-from torch.fx.experimental import _config, proxy_tensor, sym_node
+from torch.fx.experimental import _config, sym_node
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
@@ -66,11 +66,8 @@ def listening() -> Iterator[Answers]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(sym_node.SymNode, "bool_", answer))
-        # What is kept of operators for their next call takes longer to keep, with symbols, than to find out again; and
-        # how each result lies in memory takes as long again to say, and nobody asks.
+        # What is kept of operators for their next call takes longer to keep, with symbols, than to find out again.
         stack.enter_context(config.patch(fake_tensor_cache_enabled=False))
-        if hasattr(proxy_tensor, "_extract_tensor_metadata"):
-            stack.enter_context(patch.object(proxy_tensor, "_extract_tensor_metadata", lambda *_: None))
         if hasattr(_config, "backed_size_oblivious"):
             stack.enter_context(_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
         yield answers
