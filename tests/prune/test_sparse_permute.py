@@ -46,8 +46,7 @@ def test_the_function_stays_and_no_less_is_kept(name):
     found = permute(model, inputs, pattern="1:2", only=names, escapes=1)
     assert error(outputs(found, inputs), outputs(model, inputs)) < 1e-12
     assert kept(found, names) >= kept(model, names) * (1 - 1e-12)
-    (cut,) = edits.record(found)
-    assert isinstance(cut, Cut)
+    assert all(isinstance(edit, Cut) for edit in edits.record(found))
     # All entries are still there, whatever their order.
     for (name, one), other in zip(model.named_parameters(), found.parameters(), strict=True):
         assert torch.equal(one.flatten().sort().values, other.flatten().sort().values), name
@@ -122,9 +121,10 @@ def test_columns_of_flattened_maps_are_left_where_no_order_of_channels_is_one_of
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(16, 4)).double()
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
     found = permute(model, x, pattern="2:4", only=["2"])
-    assert edits.record(found) == (Cut({}),)
+    assert edits.record(found) == ()
+    assert found is not model
     # Groups that straddle channels do depend on their order, and the search does not see it.
-    assert edits.record(permute(model, x, pattern="4:8", only=["2"])) == (Cut({}),)
+    assert edits.record(permute(model, x, pattern="4:8", only=["2"])) == ()
 
 
 def test_bad_options_are_told():

@@ -18,6 +18,7 @@ from slivo.edits.mask import Pattern
 from slivo.errors import RecipeError, SlivoError
 from slivo.graph import Axis, ExampleInputs, Member, trace
 from slivo.graph.checks import check_values
+from slivo.graph.copies import duplicate
 from slivo.prune import criteria
 from slivo.prune.options import said
 from slivo.prune.runs import Loss
@@ -65,8 +66,8 @@ def permute(
         loss: Likewise.
 
     Returns:
-        A new model with the order on record: a `slivo.edits.Cut` that keeps everything. What is kept of each axis's
-        weights is at least as much as before.
+        A new model with the order on record: a `slivo.edits.Cut` that keeps everything. What the pattern will keep is
+        at least as much as before; where no order is better, the model has no edit more.
 
     Raises:
         CaptureError: If the model does not run on the inputs or cannot be captured.
@@ -102,7 +103,10 @@ def permute(
     slices: dict[str, dict[int, list[int]]] = {}
     for (name, dim), entries in orders.items():
         slices.setdefault(name, {})[dim] = entries.tolist()
-    return edits.apply(model, edits.Cut(slices, axes=moved))
+    if slices:
+        return edits.apply(model, edits.Cut(slices, axes=moved))
+    with torch.inference_mode(False):
+        return duplicate(model)
 
 
 def retained(scores: Tensor, keep: int) -> float:
@@ -127,7 +131,9 @@ def _worth(found: Mapping[str, Site], scores: Mapping[str, Tensor]) -> dict[str,
     }
 
 
-def _ordered(axis: Axis, found: Mapping[str, Site], worth: Mapping[str, Tensor], escapes: int) -> Any:
+def _ordered(
+    axis: Axis, found: Mapping[str, Site], worth: Mapping[str, Tensor], escapes: int
+) -> NDArray[np.int64] | None:
     """Return the best order found for an axis, or None if none is better than that there is."""
     grouped = [
         member
