@@ -41,8 +41,9 @@ def sparsify(
 
     Args:
         model: The trained model; it is left untouched.
-        example_inputs: If given, the model is traced to find along which dimension each weight reads its inputs, which
-            N:M patterns and the scope ``row`` ask. Without, that is dimension 1, and of transposed convolutions 0.
+        example_inputs: For N:M patterns and the scope ``row``, which ask along which dimension each weight reads its
+            inputs: if given, the model is traced to find it. Without, that is dimension 1, and of transposed
+            convolutions 0.
         sparsity: Share of the entries that are zero after, 0 to below 1, to the nearest entry (or tile). N:M patterns
             have their own: 1 − N/M.
         pattern: ``unstructured``; ``N:M``, such as ``2:4``, at most N of M consecutive inputs not zero; or blocks of
@@ -81,7 +82,8 @@ def sparsify(
     check_values(model)
     share = check_sparsity(sparsity, pattern)
     check_scope(scope, min_keep)
-    found = sites(model, pattern, example_inputs=example_inputs, only=only, exclude=exclude)
+    asked = scope == "row" or Pattern.parse(pattern).most is not None
+    found = sites(model, pattern, example_inputs=example_inputs if asked else None, only=only, exclude=exclude)
     by = criteria.resolve(criterion)
     scores = score(model, found, by, batches=batches, loss=loss)
     kept = choose(found, scores, sparsity=share, scope=scope, min_keep=min_keep)

@@ -39,7 +39,8 @@ def hold(model: nn.Module) -> Iterator[nn.Module]:
     Within the block each masked weight is a parametrization (`torch.nn.utils.parametrize`): the weight that the
     network uses has the zeros, whatever gradients, momenta and weight decay do to the parameter behind it. After it
     the weights are plain parameters again, with the zeros in them. They are the same parameters all along, in the same
-    order, so that an optimizer may be made before the block, within it or, to go on, after it.
+    order, so that an optimizer may be made before the block, within it or, to go on, after it. Only the names in a
+    state dict are others meanwhile: save the model after the block.
 
     Args:
         model: A model that `sparsify` made, or one trained from it; what is zero of the weights that its record names
