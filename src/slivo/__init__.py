@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from slivo.distill import distill
     from slivo.graph import trace
     from slivo.measure import inspect
-    from slivo.prune import Budget, prune
+    from slivo.prune import Budget, prune, sparsify
     from slivo.quantize import quantize
     from slivo.recipe import Target, compress
 
@@ -43,6 +43,7 @@ __all__ = [
     "prune",
     "quantize",
     "save",
+    "sparsify",
     "trace",
 ]
 
@@ -57,6 +58,7 @@ _HOMES = {
     "prune": "slivo.prune",
     "quantize": "slivo.quantize",
     "save": "slivo.artifact",
+    "sparsify": "slivo.prune",
     "trace": "slivo.graph",
 }
 

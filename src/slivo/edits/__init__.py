@@ -14,11 +14,12 @@ from torch import fx, nn
 
 from slivo.edits.cut import Cut
 from slivo.edits.drop import Drop
+from slivo.edits.mask import Mask
 from slivo.edits.quantize import Quantize
 from slivo.errors import ArtifactError
 from slivo.graph.copies import duplicate
 
-__all__ = ["Cut", "Drop", "Edit", "Quantize", "apply", "from_json", "record", "replay", "to_json"]
+__all__ = ["Cut", "Drop", "Edit", "Mask", "Quantize", "apply", "from_json", "record", "replay", "to_json"]
 
 _RECORD = "_slivo_edits"
 
@@ -46,7 +47,7 @@ class Edit(Protocol):
         ...
 
 
-_KINDS: dict[str, type[Edit]] = {edit.kind: edit for edit in (Cut, Drop, Quantize)}
+_KINDS: dict[str, type[Edit]] = {edit.kind: edit for edit in (Cut, Drop, Mask, Quantize)}
 
 
 def record(model: nn.Module) -> tuple[Edit, ...]:

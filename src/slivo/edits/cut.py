@@ -19,7 +19,8 @@ class Cut:
     """Keep only the listed slices of each tensor, and set the integers that modules hold about them.
 
     Args:
-        slices: For each parameter or buffer (qualified name) and dimension, the indices that stay, ascending.
+        slices: For each parameter or buffer (qualified name) and dimension, the indices that stay, ascending; all
+            of them in another order are a permutation.
         attributes: For each module (qualified name, "" for the model itself) the attributes to set.
         axes: For each axis that was cut (its name) the positions that stayed; kept for people, reports and
             later plans, not needed to replay.

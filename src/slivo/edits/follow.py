@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from slivo import edits
 from slivo.edits.cut import Cut
+from slivo.edits.mask import Mask
 from slivo.errors import ShapeError
 from slivo.graph.checks import check_model
 
@@ -74,10 +75,10 @@ def follow(optimizer: Optim, old: nn.Module, new: nn.Module) -> Optim:
 
 
 def _between(old: nn.Module, new: nn.Module) -> list[Cut]:
-    """Return the cuts that lead from one model to the other."""
+    """Return the cuts that lead from one model to the other; masks change no shape."""
     before, after = edits.record(old), edits.record(new)
     added = after[len(before) :]
-    if after[: len(before)] != before or not all(isinstance(edit, Cut) for edit in added):
+    if after[: len(before)] != before or not all(isinstance(edit, Cut | Mask) for edit in added):
         raise ShapeError("the new model did not come from the old one by cuts alone; an optimizer follows cuts only")
     return [edit for edit in added if isinstance(edit, Cut)]
 

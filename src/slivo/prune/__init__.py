@@ -6,22 +6,33 @@ from slivo.prune.importance import importance
 from slivo.prune.plans import Plan
 from slivo.prune.refit import reestimate, refit
 from slivo.prune.schedule import steps
+from slivo.prune.sparse import sparsify, sparsity
+from slivo.prune.sparse_hold import hold
+from slivo.prune.sparse_hooks import GradualSparsity, HoldMasks, SparsityBand
+from slivo.prune.sparse_permute import permute
 from slivo.prune.vocabulary import keep_tokens
 from slivo.prune.width import cut, plan, prune, select
 
 __all__ = [
     "Budget",
+    "GradualSparsity",
+    "HoldMasks",
     "Plan",
+    "SparsityBand",
     "allocate",
     "cut",
     "drop",
+    "hold",
     "importance",
     "influence",
     "keep_tokens",
+    "permute",
     "plan",
     "prune",
     "reestimate",
     "refit",
     "select",
+    "sparsify",
+    "sparsity",
     "steps",
 ]

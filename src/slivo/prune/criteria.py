@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from slivo.errors import RecipeError
 from slivo.prune.criterion import Criterion as Criterion
 from slivo.prune.criterion import criterion as criterion
+from slivo.prune.entropy import entropy as entropy
 from slivo.prune.readers import Reader
 
 

@@ -55,7 +55,8 @@ def importance(
     members = {axis.name: _chosen(axis, graph, criterion, scales) for axis in axes}
     scores: dict[str, Tensor] = {}
     passes = 0
-    for found in _passes(model, members, criterion, batches, loss):
+    used = sorted({member.tensor for chosen in members.values() for member in chosen})
+    for found in runs_of(model, used, criterion, batches, loss):
         passes += 1
         for name, chosen in members.items():
             seen = _seen(chosen, found, criterion, name)
@@ -68,16 +69,17 @@ def importance(
     return {name: _finished(score / passes, criterion) for name, score in scores.items()}
 
 
-def _passes(
-    model: nn.Module,
-    members: Mapping[str, Sequence[Member]],
-    criterion: Criterion,
-    batches: Iterable[Any] | None,
-    loss: Loss | None,
+def runs_of(
+    model: nn.Module, used: Sequence[str], criterion: Criterion, batches: Iterable[Any] | None, loss: Loss | None
 ) -> Iterator[Found]:
-    """Yield what the criterion is given, by name of the parameter and then of the tensor: once, or for each batch."""
+    """Yield what a criterion is given of some weights: once, or for each batch.
+
+    Arguments and errors are those of `importance`; ``used`` names the weights.
+
+    Returns:
+        By name of the criterion's parameter and then of the weight.
+    """
     held = dict(model.named_parameters(remove_duplicate=False))
-    used = sorted({member.tensor for chosen in members.values() for member in chosen})
     if not criterion.needs_batches:
         yield {"weights": {name: value.detach() for name, value in held.items()}}
         return

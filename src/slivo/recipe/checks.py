@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from slivo import losses
-from slivo.errors import RecipeError
+from slivo.errors import RecipeError, SlivoError
 from slivo.prune import criteria
+from slivo.prune.sparse import check_sparsity
+from slivo.prune.sparse_choice import check_criterion
 from slivo.quantize import SCHEMES
-from slivo.recipe.schema import Distill, Layers, Part, Prune, Quantize, Recipe, Repeat, Stage
+from slivo.recipe.schema import Distill, Layers, Part, Prune, Quantize, Recipe, Repeat, Sparsify, Stage
 from slivo.recipe.text import Path, unknown
 
 Problem = tuple[Path, str]
@@ -56,6 +58,8 @@ def _part(recipe: Recipe, path: Path, part: Part) -> Iterator[Problem]:
         yield from _prune(recipe, path, part)
     elif isinstance(part, Quantize) and part.scheme not in SCHEMES:
         yield (*path, "scheme"), unknown(part.scheme, list(SCHEMES), "one of")
+    elif isinstance(part, Sparsify):
+        yield from _sparsify(path, part)
     elif isinstance(part, Layers):
         if (part.groups is None) == (part.modules is None):
             yield path, "needs groups, a number of parts, or modules, a list of globs for each part; one of them"
@@ -80,6 +84,20 @@ def _prune(recipe: Recipe, path: Path, part: Prune) -> Iterator[Problem]:
         yield path, "has no keep, and target asks for neither macs nor params; give one of them"
     if part.recover is not None:
         yield from _losses((*path, "recover"), part.recover)
+
+
+def _sparsify(path: Path, part: Sparsify) -> Iterator[Problem]:
+    if part.criterion not in criteria.names():
+        yield (*path, "criterion"), unknown(part.criterion, criteria.names(), "one of")
+        return
+    try:
+        check_criterion(criteria.resolve(part.criterion))
+        check_sparsity(part.sparsity, part.pattern)
+    except SlivoError as error:
+        yield path, f"is not valid: {error}"
+        return
+    if part.permute and ":" not in part.pattern:
+        yield (*path, "permute"), "is for N:M patterns, such as 2:4; leave it out"
 
 
 def _losses(path: Path, part: Distill) -> Iterator[Problem]:

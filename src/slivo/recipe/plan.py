@@ -51,7 +51,7 @@ class Step:
     """One thing that a run does; what it leaves is kept before the next begins.
 
     Args:
-        kind: ``teacher``, ``prune``, ``recover``, ``distill``, ``finetune``, ``quantize`` or ``export``.
+        kind: ``teacher``, ``prune``, ``recover``, ``distill``, ``finetune``, ``sparsify``, ``quantize`` or ``export``.
         label: What to call it.
         path: Where in the recipe it is said.
         part: What the recipe says.

@@ -105,6 +105,21 @@ class Prune(Part):
     samples: Count = Field(default=512, description=_AT_LEAST_ONE)
 
 
+class Sparsify(Part):
+    """Set the least important weights to zero; trainings that come after it keep the zeros."""
+
+    sparsity: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="a share of zeros, 0 to below 1; left out for N:M patterns, which have their own"
+    )
+    pattern: str = Field(default="unstructured", description="unstructured, N:M as 2:4, or blocks as 4x4")
+    criterion: str = Field(default="l1", description="the name of a criterion that scores single weights")
+    scope: Literal["global", "layer", "row"] = Field(default="global", description="global, layer or row")
+    permute: bool = Field(default=False, description="true to search an order of channels for an N:M pattern first")
+    only: list[str] = Field(default=[], description="a list of globs over names of parameters and module paths")
+    exclude: list[str] = Field(default=[], description="a list of globs over names of parameters and module paths")
+    samples: Count = Field(default=512, description=_AT_LEAST_ONE)
+
+
 class Quantize(Part):
     """Store weights as integers."""
 
@@ -142,6 +157,7 @@ class Stage(Part):
     prune: Prune | None = Field(default=None, description="a mapping with criterion, keep, …")
     distill: Distill | None = Field(default=None, description="a mapping with losses, epochs, …")
     finetune: Fit | None = Field(default=None, description="a mapping with epochs, …")
+    sparsify: Sparsify | None = Field(default=None, description="a mapping with sparsity, pattern, …")
     quantize: Quantize | None = Field(default=None, description="a mapping with scheme, …")
     export: Export | None = Field(default=None, description="a mapping with to")
     repeat: Repeat | None = Field(default=None, description="a mapping with times and stages")

@@ -20,13 +20,14 @@ from slivo.export import onnx
 from slivo.graph import trace
 from slivo.graph.copies import duplicate
 from slivo.measure import cost, quality
-from slivo.prune import Budget, criteria, prune, select
+from slivo.prune import Budget, HoldMasks, criteria, permute, prune, select, sparsify, sparsity
+from slivo.prune.sparse import masked
 from slivo.quantize import quantize
 from slivo.recipe.plan import Goal, Piece, Step
-from slivo.recipe.schema import Distill, Fit, Optimizer, Prune, Quantize, Teacher
+from slivo.recipe.schema import Distill, Fit, Optimizer, Prune, Quantize, Sparsify, Teacher
 from slivo.recipe.watch import Watch
 from slivo.tasks import Task, forward, loader
-from slivo.train import OptimizerSpec, Progress, fit
+from slivo.train import Hook, OptimizerSpec, Progress, fit
 
 Details = dict[str, Any]
 Costs = Mapping[str, float]
@@ -166,7 +167,7 @@ def run_distill(work: Work, step: Step) -> Outcome:
         batch_size=part.batch_size,
         label_weight=part.label_weight,
         seed=work.seed,
-        hooks=[Progress(work.watch.progress, step.label)],
+        hooks=_hooks(work, step, work.student),
         checkpoint=work.checkpoint,
         on_epoch=work.on_epoch,
         precision=part.precision,
@@ -181,6 +182,28 @@ def run_finetune(work: Work, step: Step) -> Outcome:
     assert isinstance(part, Fit)
     student = duplicate(work.student)
     return Outcome(student, {"epochs": part.epochs}, _fit(work, step, student, part, scratch=False))
+
+
+def run_sparsify(work: Work, step: Step) -> Outcome:
+    """Set weights of the student to zero."""
+    part, task, student = step.part, work.task, work.student
+    assert isinstance(part, Sparsify)
+    batches = list(_samples(work, part.samples)) if criteria.resolve(part.criterion).needs_batches else None
+    options: Details = {
+        "pattern": part.pattern,
+        "criterion": part.criterion,
+        "only": part.only,
+        "exclude": part.exclude,
+        "batches": batches,
+        "loss": None if batches is None else lambda model, batch: task.loss(forward(task, model, batch), batch),
+    }
+    if part.permute:
+        student = permute(student, task.example_inputs, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(work.seed)  # of random choices
+        student = sparsify(student, task.example_inputs, sparsity=part.sparsity, scope=part.scope, **options)
+    details: Details = {"pattern": part.pattern, "criterion": part.criterion, "sparsity": round(sparsity(student), 6)}
+    return Outcome(student, details, [])
 
 
 def run_quantize(work: Work, step: Step) -> Outcome:
@@ -212,6 +235,7 @@ STAGES: Mapping[str, Callable[[Work, Step], Outcome]] = {
     "recover": run_distill,
     "distill": run_distill,
     "finetune": run_finetune,
+    "sparsify": run_sparsify,
     "quantize": run_quantize,
     "export": run_export,
 }
@@ -243,13 +267,18 @@ def _fit(work: Work, step: Step, model: nn.Module, part: Fit, *, scratch: bool) 
         objective,
         epochs=part.epochs,
         optimizer=optimizer(part.optimizer, scratch=scratch),
-        hooks=[Progress(work.watch.progress, step.label)],
+        hooks=_hooks(work, step, model),
         validate=lambda model: quality(model, task, "val"),
         seed=work.seed,
         precision=part.precision,
         checkpoint=work.checkpoint,
         on_epoch=work.on_epoch,
     )
+
+
+def _hooks(work: Work, step: Step, model: nn.Module) -> list[Hook]:
+    """Return the hooks of a training: it tells of its progress, and keeps the zeros of a model that is sparse."""
+    return [Progress(work.watch.progress, step.label), *([HoldMasks()] if masked(model) else [])]
 
 
 def _samples(work: Work, count: int) -> Iterator[Any]:
