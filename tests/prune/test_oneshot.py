@@ -237,6 +237,15 @@ class Shared(nn.Module):
         return x
 
 
+class Rewritten(Shared):
+    """What a block has changed in place is changed once more behind it, by the name that it had before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.blocks[0](x)
+        x += 1
+        return self.blocks[1](y)
+
+
 class Bare(nn.Module):
     """Weights that are used, but not by calls of the modules that hold them."""
 
@@ -258,6 +267,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {
     "encoded": (Encoded, lambda: [noise(2, 5, 8), noise(3, 4, 8)]),
     "images": (Images, lambda: [noise(4, 4, 7, 7), noise(2, 4, 7, 7)]),
     "shared": (Shared, lambda: [noise(6, 8)] * 2),
+    "rewritten": (Rewritten, lambda: [noise(6, 8), noise(9, 8)]),
     "layers": (lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), lambda: [noise(20, 8)]),
     "bare": (Bare, lambda: [noise(3, 5, 8)]),
     "encoder": (
@@ -378,6 +388,7 @@ def test_the_output_stays_nearest_with_sparsegpt() -> None:
         ("transposed", [True, True, True]),
         ("encoded", [True, True, False, False]),
         ("shared", [False, False]),
+        ("rewritten", [False, False]),
     ],
 )
 def test_what_follows_what(name: str, follows: list[bool]) -> None:
@@ -385,7 +396,7 @@ def test_what_follows_what(name: str, follows: list[bool]) -> None:
     batch = {"kwargs": batches[0]} if isinstance(batches[0], dict) else {"args": (batches[0],)}
     parts = survey(model, repeated(model), slivo.graph.Call(**batch))
     assert [part.follows for part in parts] == follows
-    assert all(part.calls == (2 if name == "shared" else 1) for part in parts)
+    assert all(part.calls == {"shared": 2, "rewritten": 0}.get(name, 1) for part in parts)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

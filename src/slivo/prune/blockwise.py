@@ -29,7 +29,7 @@ class Part:
 
     Args:
         module: Its qualified name.
-        calls: How often it is called in one run; 0 if other code uses its weights.
+        calls: How often it is called in one run; 0 if other code uses its weights, or that is not known.
         follows: Whether what it reads of other parts' results is what the part before it gave out, and no more.
     """
 
@@ -132,6 +132,7 @@ def survey(model: nn.Module, names: Sequence[str], call: Call) -> list[Part]:
                 model(*args, **kwargs)
         except RuntimeError:  # the model has run before: its code does what PyTorch refuses with gradients
             order.clear()
+            calls.clear()
     straight = order == list(names)
     return [Part(name, calls[name], straight and name not in other) for name in names]
 
