@@ -21,6 +21,7 @@ GIVEN = {
     "grads": G,
     "drawn": G,
     "inputs": torch.tensor([[4.0, 1.0], [0.0, 9.0], [1.0, 0.0]]),
+    "levels": torch.tensor([[4.0, 1.0], [0.0, 9.0], [1.0, 0.0]]),
     # Activations that have nothing to do with one another, whose squares have the mean 4.
     "readers": (Reader(W[:, None, :], torch.diag(torch.tensor([1.0, 3.0, 8.0])), torch.arange(3)[:, None]),),
     "units": torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]),
@@ -45,6 +46,7 @@ BY_HAND = {
     "lamp": [5 / 14, 0.5 / 14.5, 1.0],
     "wanda": [4.0, 1.5, 3.0],
     "activation": [1.5, 1.5, 0.5],
+    "activation_mean": [1.5, 1.5, 0.5],
     "obs": [1.04 * 5, 3.04 * 0.5, 8.04 * 9],
     "information": [np.log(2), 0.0, np.log(2) / 4 + np.log(2 / 3) / 4 + np.log(4 / 3) / 2],
     "kl": [0.0, 1.125, 0.0],

@@ -116,6 +116,15 @@ def test_obs_is_the_error_of_a_least_squares_fit():
         assert np.allclose(found[axis.name], expected / expected.mean(), rtol=1e-6), axis.name
 
 
+def test_means_within_a_batch_and_a_norm_over_batches():
+    """One loud place weighs as much as many that are a little louder, and one loud sample more than that."""
+    model, x = net(), torch.randn(5, 7, 3, dtype=torch.float64)
+    means = torch.stack([model[1](model[0](each)).abs().mean(0) for each in x])
+    expected = means.square().sum(0).sqrt().detach()
+    found = scores(model, x, "activation_mean", batches=list(x))["0 out"]
+    assert np.allclose(found, (expected / expected.mean()).numpy())
+
+
 def test_kl_is_what_the_output_s_distribution_loses():
     """Against all classes of all samples, and against the divergence itself for positions that shrink a little."""
     model, x = net(), torch.randn(6, 3, dtype=torch.float64)
@@ -192,8 +201,8 @@ def test_units_are_of_one_sample_each():
     assert np.allclose(found, (expected / expected.mean()).detach().numpy(), rtol=1e-4)
 
 
-DATA = ("wanda", "activation", "obs", "kl", "information")
-BY_SIZE = ("l1", "l2", "lamp", "wanda", "activation", "obs", "taylor", "snip", "fisher", "kl")
+DATA = ("wanda", "activation", "activation_mean", "obs", "kl", "information")
+BY_SIZE = ("l1", "l2", "lamp", "wanda", "activation", "activation_mean", "obs", "taylor", "snip", "fisher", "kl")
 
 
 def run(model, x, which):
@@ -275,6 +284,7 @@ def test_what_is_missing_is_told():
         (r"'information' was given no batches", "information", {"batches": []}),
         (r"does not call the model", "wanda", {"batches": [x], "loss": lambda m, b: b.sum()}),
         (r"activation that meets 0.weight|2.weight holds NaN", "wanda", {"batches": [x * torch.nan]}),
+        (r"activation that meets 0.weight|2.weight holds NaN", "activation_mean", {"batches": [x * torch.nan]}),
     ):
         with pytest.raises(SlivoError, match=told):
             scores(model, x, which, **options)

@@ -3,6 +3,7 @@
 from slivo.prune.budget import Budget, allocate
 from slivo.prune.depth import drop, influence
 from slivo.prune.importance import importance
+from slivo.prune.oneshot import one_shot
 from slivo.prune.plans import Plan
 from slivo.prune.refit import reestimate, refit
 from slivo.prune.schedule import steps
@@ -26,6 +27,7 @@ __all__ = [
     "importance",
     "influence",
     "keep_tokens",
+    "one_shot",
     "permute",
     "plan",
     "prune",

@@ -259,6 +259,27 @@ def activation(inputs: Tensor) -> Tensor:
 
 
 @criterion(on="read")
+def activation_mean(levels: Tensor) -> Tensor:
+    """Mean magnitude of the activation in each batch, as a norm over the batches: few loud places do not decide.
+
+    Args:
+        levels: Square of the mean magnitude of the activation that each weight that reads the axis multiplies, summed
+            over the batches, shape (positions, entries). Give batches of one sequence each.
+
+    Returns:
+        Scores, shape (positions,): mean over the weights of ‖mean over the batch |x|‖₂.
+
+    Source: Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation" (Minitron),
+    arXiv:2407.14679, section 2.2: mean over the sequence, L2 norm over the samples.
+
+    Example:
+        >>> activation_mean.score(torch.tensor([[4.0, 16.0], [0.0, 0.0]])).tolist()
+        [3.0, 0.0]
+    """
+    return levels.sqrt().mean(1)
+
+
+@criterion(on="read")
 def obs(readers: tuple[Reader, ...], damping: float = 0.01) -> Tensor:
     """Error in what the readers give out after the best correction of their other weights: optimal brain surgeon.
 

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 Score = Callable[..., Tensor]
-_GIVEN = ("weights", "grads", "drawn", "inputs", "readers", "units", "labels")
+_GIVEN = ("weights", "grads", "drawn", "inputs", "levels", "readers", "units", "labels")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Criterion:
             - ``drawn``: likewise the gradient of the log-likelihood of outputs that are drawn from the model's own
               distribution, summed over the batch and divided by √samples: no labels are needed;
             - ``inputs``: for each weight the sum of squares of the activation that it multiplies, likewise;
+            - ``levels``: for each weight the mean magnitude of that activation in each batch, its square summed over
+              the batches, likewise;
             - ``readers``: the weights that read the axis, with all second moments of what they read
               (`slivo.prune.readers.Reader`);
             - ``units`` and ``labels``: the mean activation of each position on each sample, shape (positions,

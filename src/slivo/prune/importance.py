@@ -111,8 +111,8 @@ def _runs(
     given = {*criterion.given}
     if "units" in given:
         yield from runs.units(twin, weights, batches)
-    elif given & {"inputs", "readers"}:
-        yield from runs.activations(twin, weights, batches, loss, products="readers" in given)
+    elif kinds := given & {"inputs", "levels", "readers"}:
+        yield from runs.activations(twin, weights, batches, loss, kind=kinds.pop())
     elif "drawn" in given:
         yield from runs.drawn(twin, weights, batches, loss)
     elif loss is not None:
@@ -155,7 +155,7 @@ def _seen(chosen: Sequence[Member], found: Found, criterion: Criterion, axis: st
     No weight reads some axes, such as the width of queries. If the criterion looks at weights too, those that write the
     axis are scored, with the activations that they read along their other dimension.
     """
-    kinds = {"inputs", "readers", "units"} & {*criterion.given}
+    kinds = {"inputs", "levels", "readers", "units"} & {*criterion.given}
     if not kinds:
         return chosen
     tensors = found[kinds.pop()]
@@ -177,13 +177,13 @@ def _argument(what: str, chosen: Sequence[Member], found: Found) -> Any:
         return tensors["labels"]
     if what == "readers":
         return readers.lay(chosen, found["weights"], tensors)
-    if what not in ("inputs", "units"):
+    if what not in ("inputs", "levels", "units"):
         return _matrix(chosen, [tensors[member.tensor] for member in chosen])
     laid = []
     for member in chosen:
         either = [readers.key(member.tensor, dim) for dim in (member.dim, 1 - member.dim)]
         laid.append(next(tensors[key] for key in either if key in tensors))
-    if what == "inputs":
+    if what != "units":
         return _matrix(chosen, laid)
     samples = range(len(found["labels"]["labels"]))
     return torch.stack([_matrix(chosen, [each[sample] for each in laid]).mean(1) for sample in samples], dim=1)
@@ -222,6 +222,7 @@ def _infinite(criterion: Criterion, axis: str, chosen: Sequence[Member], found: 
         ("grads", "the gradient of "),
         ("drawn", "the gradient of "),
         ("inputs", "the activation that meets "),
+        ("levels", "the activation that meets "),
         ("readers", "the activation that meets "),
     ):
         tensors = found.get(kind, {})

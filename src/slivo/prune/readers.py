@@ -46,6 +46,11 @@ def squares(activations: Tensor) -> Tensor:
     return activations.square().sum(1)
 
 
+def levels(activations: Tensor) -> Tensor:
+    """Square of the mean magnitude over the rows."""
+    return activations.abs().mean(1).square()
+
+
 def means(activations: Tensor) -> Tensor:
     """Mean over the rows."""
     return activations.mean(1)

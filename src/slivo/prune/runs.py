@@ -11,13 +11,15 @@ from torch.utils import _pytree as pytree
 
 from slivo.errors import SlivoError
 from slivo.graph.inputs import fresh
-from slivo.prune.readers import Watch, grams, means, squares
+from slivo.prune.readers import Watch, grams, levels, means, squares
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch)``: a scalar, the mean over the batch's samples."""
 
 Found = Mapping[str, Mapping[str, Tensor]]
 """What a criterion is given: by name of its parameter, then of the weight."""
+
+_STATISTICS = {"inputs": squares, "levels": levels, "readers": grams}
 
 _DRAWS = 8  # of each batch: a draw costs a backward pass, and a score of one draw has a spread of 140 %
 
@@ -38,17 +40,17 @@ def gradients(loss: Loss, model: nn.Module, batch: Any, weights: Mapping[str, Te
 
 
 def activations(
-    model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Any], loss: Loss | None, *, products: bool
+    model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Any], loss: Loss | None, *, kind: str
 ) -> Iterator[Found]:
-    """Yield once what all batches together say of the activations that weights multiply: squares or all products."""
-    watch = Watch(weights, grams if products else squares, spread=not products)
+    """Yield once what all batches together say of the activations that weights multiply, as `Criterion` names it."""
+    watch = Watch(weights, _STATISTICS[kind], spread=kind != "readers")
     count = 0
     for batch in batches:
         count += 1
         with torch.inference_mode(False), torch.enable_grad(), watch:  # kernels of inference alone hide products
             _forward(model, batch, loss)
     if count:
-        yield {"readers" if products else "inputs": watch.found}
+        yield {kind: watch.found}
 
 
 def units(model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Any]) -> Iterator[Found]:
