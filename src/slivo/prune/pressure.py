@@ -192,7 +192,7 @@ def slimming(strength: float) -> Pressure:
         SlivoError: If the strength is no positive number, or, at the first step, if there is no batch norm with scales.
 
     Source: Liu, Li, Shen, Huang, Yan, Zhang 2017, "Learning Efficient Convolutional Networks through Network
-    Slimming", arXiv:1708.06519, eq. 1; its footnote allows the proximal step in place of the subgradient.
+    Slimming", arXiv:1708.06519, eq. 1; it takes a subgradient, which makes no exact zeros.
     """
     _check(strength)
 
