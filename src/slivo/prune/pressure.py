@@ -59,7 +59,8 @@ class Pressure(Hook):
         optimizer.step()
         pressure.after_step(model, lr=0.01)
 
-    Not together with `slivo.train.EMA`, whose mean of weights still holds what they were before they became zero.
+    What belongs to a position is moved whether it is frozen or not. Not together with `slivo.train.EMA`, whose mean of
+    weights still holds what they were before they became zero.
 
     Args:
         move: ``move(model, step)`` changes weights in place.
