@@ -11,12 +11,12 @@ from slivo import edits
 from slivo.graph import plan_slices, settle
 
 
-def dead(model, graph):
-    """Return a copy of a model with dead positions, and what stays if these are cut."""
+def dead(model, graph, but=()):
+    """Return a copy of a model with dead positions, on all axes but some, and what stays if these are cut."""
     model, kept = copy.deepcopy(model), {}
     tensors = dict(model.named_parameters())
     for axis in graph.prunable:
-        if axis.size < 3 or axis.least > 1 or any(axis.name in tie for tie in graph.ties):
+        if axis.name in but or axis.size < 3 or axis.least > 1 or any(axis.name in tie for tie in graph.ties):
             continue
         kept[axis.name] = list(range(1, axis.size - 1))
         for member in axis.members:

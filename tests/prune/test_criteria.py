@@ -26,6 +26,13 @@ GIVEN = {
     "readers": (Reader(W[:, None, :], torch.diag(torch.tensor([1.0, 3.0, 8.0])), torch.arange(3)[:, None]),),
     "units": torch.tensor([[0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]),
     "labels": torch.tensor([5, 5, 7, 7]),
+    "slopes": (G[:, None, :],),
+    "moved": -W * G,
+    "whole": torch.tensor([[0.5, 0.5], [1.0, 0.0]]).clamp(min=1e-30).log(),
+    "without": [
+        torch.tensor(chances).clamp(min=1e-30).log()
+        for chances in ([[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]], [[0.25, 0.75], [0.25, 0.75]])
+    ],
 }
 
 # A criterion without a row here fails the test below.
@@ -51,6 +58,13 @@ BY_HAND = {
     "information": [np.log(2), 0.0, np.log(2) / 4 + np.log(2 / 3) / 4 + np.log(4 / 3) / 2],
     "kl": [0.0, 1.125, 0.0],
     "entropy": [1.0, 1.0, 1.0],  # each in a bin of its own; worked out further in the doctest
+    # Nothing to do with one another: each for itself, and the errors add up.
+    "thinet": [5.0 + 1.5, 1.5, 5.0 + 1.5 + 72.0],
+    "reconstruction": [1.04 * 5 + 3.04 * 0.5, 3.04 * 0.5, 1.04 * 5 + 3.04 * 0.5 + 8.04 * 9],
+    "gain": [5 / 1.04, 17 / 3.04, 25 / 8.04],
+    "inverse_covariance": [5 / 1.04, 17 / 3.04, 25 / 8.04],
+    "masking": [0.0, np.log(2) / 2, (np.log(4 / 3) / 2 + np.log(4)) / 2],
+    "movement": [0.0, -1.5, 0.0],
 }
 
 

@@ -201,8 +201,11 @@ def test_units_are_of_one_sample_each():
     assert np.allclose(found, (expected / expected.mean()).detach().numpy(), rtol=1e-4)
 
 
-DATA = ("wanda", "activation", "activation_mean", "obs", "kl", "information")
-BY_SIZE = ("l1", "l2", "lamp", "wanda", "activation", "activation_mean", "obs", "taylor", "snip", "fisher", "kl")
+DATA = ("wanda", "activation", "activation_mean", "obs", "kl", "information", "thinet", "reconstruction", "masking")
+BY_SIZE = (
+    *("l1", "l2", "lamp", "wanda", "activation", "activation_mean", "obs", "taylor", "snip", "fisher", "kl"),
+    *("thinet", "reconstruction", "masking"),
+)
 
 
 def run(model, x, which):
@@ -227,9 +230,31 @@ def _undamped(readers):
     return criteria.obs.score(readers, damping=1e-12)
 
 
+@criterion(on="read")
+def _undamped_reconstruction(readers):
+    return criteria.reconstruction.score(readers, damping=1e-12)
+
+
+@criterion(on="read")
+def _undamped_gain(readers, slopes):
+    return criteria.gain.score(readers, slopes, damping=1e-12)
+
+
 @pytest.mark.parametrize(
     "which",
-    ["wanda", _undamped, "kl", "taylor", "snip", "fisher", "information"],
+    [
+        "wanda",
+        _undamped,
+        _undamped_reconstruction,
+        _undamped_gain,
+        "thinet",
+        "masking",
+        "kl",
+        "taylor",
+        "snip",
+        "fisher",
+        "information",
+    ],
     ids=lambda each: getattr(each, "name", each),
 )
 def test_what_changes_no_output_changes_no_score(which):

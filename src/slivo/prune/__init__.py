@@ -1,6 +1,7 @@
 """Pruning: choose what a model can spare (`criteria`), how much may stay (`budget`), and cut it (`width`)."""
 
 from slivo.prune.budget import Budget, allocate
+from slivo.prune.control import Iterated, Trial, iterate
 from slivo.prune.depth import drop, influence
 from slivo.prune.importance import importance
 from slivo.prune.oneshot import one_shot
@@ -18,14 +19,17 @@ __all__ = [
     "Budget",
     "GradualSparsity",
     "HoldMasks",
+    "Iterated",
     "Plan",
     "SparsityBand",
+    "Trial",
     "allocate",
     "cut",
     "drop",
     "hold",
     "importance",
     "influence",
+    "iterate",
     "keep_tokens",
     "one_shot",
     "permute",

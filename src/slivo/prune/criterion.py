@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
 Score = Callable[..., Tensor]
-_GIVEN = ("weights", "grads", "drawn", "inputs", "levels", "readers", "units", "labels")
+_GIVEN = (
+    *("weights", "grads", "moved", "drawn", "inputs", "levels", "readers", "slopes", "units", "labels"),
+    *("whole", "without"),
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class Criterion:
               the batches, likewise;
             - ``readers``: the weights that read the axis, with all second moments of what they read
               (`slivo.prune.readers.Reader`);
+            - ``slopes``: the gradient of the loss, summed over the batches, laid out as each reader's weights;
+            - ``moved``: the sum of −w·g over a short training on the batches, laid out as the axis matrix;
+            - ``whole`` and ``without``: logarithms of the output's chances, and the same with each position masked;
             - ``units`` and ``labels``: the mean activation of each position on each sample, shape (positions,
               samples), and the samples' classes, shape (samples,).
         on: Which weights make up the axis matrix: ``all``; those that ``read`` the axis (the consumers); or the
@@ -37,11 +43,14 @@ class Criterion:
             weight.
         relative: Whether scores of different axes are comparable only after division by their mean on the axis;
             True for magnitudes (a layer of small weights would be starved), False for estimates of the loss.
+        taken: What has been taken beforehand, by name of the parameter and then of the weight, so that no batches are
+            needed; None to take it when scores are asked for.
     """
 
     score: Score
     on: Literal["all", "read", "scale"]
     relative: bool
+    taken: Mapping[str, Mapping[str, Tensor]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -61,12 +70,12 @@ class Criterion:
     @property
     def needs_grads(self) -> bool:
         """Whether batches and a loss are needed."""
-        return "grads" in self.given
+        return bool({"grads", "moved", "slopes"} & {*self.given}) and self.taken is None
 
     @property
     def needs_batches(self) -> bool:
         """Whether batches are needed."""
-        return self.given != ("weights",)
+        return self.given != ("weights",) and self.taken is None
 
     @property
     def needs(self) -> str:

@@ -56,11 +56,11 @@ def importance(
     scores: dict[str, Tensor] = {}
     passes = 0
     used = sorted({member.tensor for chosen in members.values() for member in chosen})
-    for found in runs_of(model, used, criterion, batches, loss):
+    for found in runs_of(model, used, criterion, batches, loss, members):
         passes += 1
         for name, chosen in members.items():
             seen = _seen(chosen, found, criterion, name)
-            score = _score(criterion, [_argument(each, seen, found) for each in criterion.given], graph[name])
+            score = _score(criterion, [_argument(each, name, seen, found) for each in criterion.given], graph[name])
             if not bool(score.isfinite().all()):
                 raise SlivoError(_infinite(criterion, name, seen, found))
             scores[name] = scores[name] + score if name in scores else score
@@ -70,18 +70,24 @@ def importance(
 
 
 def runs_of(
-    model: nn.Module, used: Sequence[str], criterion: Criterion, batches: Iterable[Any] | None, loss: Loss | None
+    model: nn.Module,
+    used: Sequence[str],
+    criterion: Criterion,
+    batches: Iterable[Any] | None,
+    loss: Loss | None,
+    members: Mapping[str, Sequence[Member]] | None = None,
 ) -> Iterator[Found]:
     """Yield what a criterion is given of some weights: once, or for each batch.
 
-    Arguments and errors are those of `importance`; ``used`` names the weights.
+    Arguments and errors are those of `importance`; ``used`` names the weights, ``members`` says of each axis where
+    it lies, for criteria that mask one position at a time.
 
     Returns:
         By name of the criterion's parameter and then of the weight.
     """
     held = dict(model.named_parameters(remove_duplicate=False))
     if not criterion.needs_batches:
-        yield {"weights": {name: value.detach() for name, value in held.items()}}
+        yield {"weights": {name: value.detach() for name, value in held.items()}, **(criterion.taken or {})}
         return
     if batches is None or (loss is None and criterion.needs_grads):
         raise SlivoError(
@@ -100,17 +106,28 @@ def runs_of(
     every = dict(twin.named_parameters(remove_duplicate=False))
     weights = {name: every[name] for name in used}
     with evaluating(twin):
-        for found in _runs(twin, weights, criterion, batches, loss):
+        for found in _runs(twin, weights, members or {}, criterion, batches, loss):
             yield {"weights": {name: value.detach() for name, value in weights.items()}, **found}
 
 
 def _runs(
-    twin: nn.Module, weights: Mapping[str, Tensor], criterion: Criterion, batches: Iterable[Any], loss: Loss | None
+    twin: nn.Module,
+    weights: Mapping[str, Tensor],
+    members: Mapping[str, Sequence[Member]],
+    criterion: Criterion,
+    batches: Iterable[Any],
+    loss: Loss | None,
 ) -> Iterator[Found]:
     """Run the batches, and yield what the criterion is given besides the weights."""
     given = {*criterion.given}
     if "units" in given:
         yield from runs.units(twin, weights, batches)
+    elif "without" in given:
+        yield from runs.masked(twin, weights, members, batches, loss)
+    elif loss is not None and "slopes" in given:
+        yield from runs.slopes(twin, weights, batches, loss)
+    elif loss is not None and "moved" in given:
+        yield from runs.moved(twin, weights, batches, loss)
     elif kinds := given & {"inputs", "levels", "readers"}:
         yield from runs.activations(twin, weights, batches, loss, kind=kinds.pop())
     elif "drawn" in given:
@@ -170,11 +187,15 @@ def _seen(chosen: Sequence[Member], found: Found, criterion: Criterion, axis: st
     return seen
 
 
-def _argument(what: str, chosen: Sequence[Member], found: Found) -> Any:
+def _argument(what: str, axis: str, chosen: Sequence[Member], found: Found) -> Any:
     """Return what one parameter of a criterion is given for an axis."""
     tensors = found[what]
-    if what == "labels":
-        return tensors["labels"]
+    if what in ("labels", "whole"):
+        return tensors[what]
+    if what == "without":
+        return tensors[axis]
+    if what == "slopes":
+        return tuple(each.weights for each in readers.lay(chosen, tensors, found["readers"]))
     if what == "readers":
         return readers.lay(chosen, found["weights"], tensors)
     if what not in ("inputs", "levels", "units"):
@@ -220,6 +241,8 @@ def _infinite(criterion: Criterion, axis: str, chosen: Sequence[Member], found: 
     for kind, what in (
         ("weights", ""),
         ("grads", "the gradient of "),
+        ("slopes", "the gradient of "),
+        ("moved", "the movement of "),
         ("drawn", "the gradient of "),
         ("inputs", "the activation that meets "),
         ("levels", "the activation that meets "),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from slivo.errors import SlivoError
+from slivo.graph import Member
 from slivo.graph.inputs import fresh
 from slivo.prune.readers import Watch, grams, levels, means, squares
 
@@ -20,6 +21,8 @@ Found = Mapping[str, Mapping[str, Tensor]]
 """What a criterion is given: by name of its parameter, then of the weight."""
 
 _STATISTICS = {"inputs": squares, "levels": levels, "readers": grams}
+
+_RATE = 0.01  # of the steps by which movement is seen: small enough to stay near the network that is pruned
 
 _DRAWS = 8  # of each batch: a draw costs a backward pass, and a score of one draw has a spread of 140 %
 
@@ -51,6 +54,72 @@ def activations(
             _forward(model, batch, loss)
     if count:
         yield {kind: watch.found}
+
+
+def slopes(model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Any], loss: Loss) -> Iterator[Found]:
+    """Yield once the products of all that weights multiply, and the loss's gradients, summed over the batches."""
+    watch, sums = Watch(weights, grams, spread=False), dict[str, Tensor]()
+    for batch in batches:
+
+        def watched(model: nn.Module, batch: Any) -> Tensor:
+            with watch:  # the forward pass alone: the backward pass multiplies with weights too
+                return loss(model, batch)
+
+        for name, grad in gradients(watched, model, batch, weights).items():
+            sums[name] = sums[name] + grad if name in sums else grad
+    if sums:
+        yield {"readers": watch.found, "slopes": sums}
+
+
+def moved(model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Any], loss: Loss) -> Iterator[Found]:
+    """Yield once the sums of −w·g over a training of the model, in place, by a plain step on each batch."""
+    every, sums = dict(model.named_parameters()), dict[str, Tensor]()
+    for batch in batches:
+        found = gradients(loss, model, batch, {**weights, **every})
+        for name, weight in weights.items():
+            step = -weight.detach() * found[name]
+            sums[name] = sums[name] + step if name in sums else step
+        with torch.no_grad():
+            for name, parameter in every.items():
+                parameter.sub_(found[name], alpha=_RATE)
+    if sums:
+        yield {"moved": sums}
+
+
+def masked(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    members: Mapping[str, Sequence[Member]],
+    batches: Iterable[Any],
+    loss: Loss | None,
+) -> Iterator[Found]:
+    """Yield for each batch the output's distribution, and for each axis those with one position masked at a time."""
+    for batch in batches:
+        with torch.inference_mode(False), torch.no_grad():
+            whole = _distribution(_forward(model, batch, loss), torch.float64)
+        # Of each axis one after the other, because all at once might not fit.
+        without: dict[str, Any] = {
+            name: _without(model, weights, chosen, batch, loss) for name, chosen in members.items()
+        }
+        yield {"whole": {"whole": whole}, "without": without}
+
+
+def _without(
+    model: nn.Module, weights: Mapping[str, Tensor], chosen: Sequence[Member], batch: Any, loss: Loss | None
+) -> Iterator[Tensor]:
+    """Yield the output's distribution with each position of an axis masked; the model is as before in between."""
+    for position in range(len(chosen[0].index)):
+        kept = [(weights[member.tensor], weights[member.tensor].detach().clone()) for member in chosen]
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                for member in chosen:
+                    index = torch.from_numpy(member.index[position]).to(weights[member.tensor].device)
+                    weights[member.tensor].index_fill_(member.dim, index, 0)
+                masked = _distribution(_forward(model, batch, loss), torch.float64)
+            finally:
+                for weight, value in kept:
+                    weight.copy_(value)
+        yield masked
 
 
 def units(model: nn.Module, weights: Mapping[str, Tensor], batches: Iterable[Any]) -> Iterator[Found]:
@@ -117,11 +186,15 @@ def _forward(model: nn.Module, batch: Any, loss: Loss | None) -> Any:
     return outputs[-1]
 
 
-def _distribution(output: Any) -> Tensor:
-    """Return logarithms of the classes' chances, classes last."""
+def _distribution(output: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return logarithms of the classes' chances, classes last; of the first output that depends on the weights."""
+
+    def learned(logits: Tensor) -> bool:
+        return logits.requires_grad or not torch.is_grad_enabled()
+
     for logits in pytree.tree_leaves(output):
-        if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() > 1 and logits.requires_grad:
-            return (logits.movedim(1, -1) if logits.dim() > 3 else logits).float().log_softmax(-1)
+        if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() > 1 and learned(logits):
+            return (logits.movedim(1, -1) if logits.dim() > 3 else logits).to(dtype).log_softmax(-1)
     raise SlivoError("the model gives out no logits, shape (samples, …, classes); choose a criterion of the gradient")
 
 

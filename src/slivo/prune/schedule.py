@@ -35,15 +35,26 @@ def steps(kind: Kind, count: int, keep: float) -> list[float]:
     """
     if count < 1:
         raise RecipeError(f"a schedule has {count} steps; at least 1")
+    return [share(kind, index / count, keep) for index in range(1, count + 1)]
+
+
+def share(kind: Kind, time: float, keep: float) -> float:
+    """Return the share of the original that stays at a time, from 1 at time 0 to ``keep`` itself at time 1.
+
+    Arguments, formulas and errors are those of `steps`; the time t is from 0 to 1.
+
+    Example:
+        >>> share("linear", 0.25, 0.2), share("cubic", 1.0, 0.2)
+        (0.8, 0.2)
+    """
     if not 0 < keep <= 1:
         raise RecipeError(f"a schedule keeps {keep}; a share above 0 and up to 1")
-    times = [index / count for index in range(1, count + 1)]
-    if kind == "linear":
-        shares = [1 - (1 - keep) * t for t in times]
-    elif kind == "exponential":
-        shares = [keep**t for t in times]
-    elif kind == "cubic":
-        shares = [keep + (1 - keep) * (1 - t) ** 3 for t in times]
-    else:
+    if kind not in get_args(Kind):
         raise RecipeError(f"no schedule is called {kind!r}; there are {', '.join(get_args(Kind))}")
-    return [*shares[:-1], keep]
+    if time >= 1:
+        return keep
+    if kind == "linear":
+        return 1 - (1 - keep) * time
+    if kind == "exponential":
+        return float(keep**time)
+    return keep + (1 - keep) * (1 - time) ** 3
