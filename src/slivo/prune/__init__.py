@@ -8,10 +8,10 @@ from slivo.prune.oneshot import one_shot
 from slivo.prune.plans import Plan
 from slivo.prune.refit import reestimate, refit
 from slivo.prune.schedule import steps
-from slivo.prune.sparse import sparsify, sparsity
-from slivo.prune.sparse_hold import hold
-from slivo.prune.sparse_hooks import GradualSparsity, HoldMasks, SparsityBand
-from slivo.prune.sparse_permute import permute
+from slivo.prune.sparse.hold import hold
+from slivo.prune.sparse.hooks import GradualSparsity, HoldMasks, SparsityBand
+from slivo.prune.sparse.masks import sparsify, sparsity
+from slivo.prune.sparse.permute import permute
 from slivo.prune.vocabulary import keep_tokens
 from slivo.prune.width import cut, plan, prune, select
 

@@ -22,12 +22,12 @@ from slivo.prune.criterion import Criterion as Criterion
 from slivo.prune.criterion import criterion as criterion
 from slivo.prune.effects import masking as masking
 from slivo.prune.effects import movement as movement
-from slivo.prune.entropy import entropy as entropy
 from slivo.prune.readers import Reader
 from slivo.prune.reconstruction import gain as gain
 from slivo.prune.reconstruction import inverse_covariance as inverse_covariance
 from slivo.prune.reconstruction import reconstruction as reconstruction
 from slivo.prune.reconstruction import thinet as thinet
+from slivo.prune.sparse.entropy import entropy as entropy
 
 
 def names() -> list[str]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from slivo import losses
 from slivo.errors import RecipeError, SlivoError
 from slivo.prune import criteria
-from slivo.prune.sparse import check_sparsity
-from slivo.prune.sparse_choice import check_criterion
+from slivo.prune.sparse.choice import check_criterion
+from slivo.prune.sparse.masks import check_sparsity
 from slivo.quantize import SCHEMES
 from slivo.recipe.schema import Distill, Layers, Part, Prune, Quantize, Recipe, Repeat, Sparsify, Stage
 from slivo.recipe.text import Path, unknown

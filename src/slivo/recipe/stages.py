@@ -21,7 +21,7 @@ from slivo.graph import trace
 from slivo.graph.copies import duplicate
 from slivo.measure import cost, quality
 from slivo.prune import Budget, HoldMasks, criteria, permute, prune, select, sparsify, sparsity
-from slivo.prune.sparse import masked
+from slivo.prune.sparse.masks import masked
 from slivo.quantize import quantize
 from slivo.recipe.plan import Goal, Piece, Step
 from slivo.recipe.schema import Distill, Fit, Optimizer, Prune, Quantize, Sparsify, Teacher

@@ -18,8 +18,8 @@ from slivo.edits.follow import follow
 from slivo.edits.mask import Pattern
 from slivo.errors import RecipeError, SlivoError
 from slivo.prune import permute, sparsify
-from slivo.prune.sparse import masked
-from slivo.prune.sparse_permute import retained, search
+from slivo.prune.sparse.masks import masked
+from slivo.prune.sparse.permute import retained, search
 
 NETWORKS = ["Mlp", "PlainCnn", "ResNet", "Mobile", "Dense", "Transformer", "TorchEncoder", "UNet", "Windows", "Shuffle"]
 

@@ -18,8 +18,8 @@ from slivo.edits.mask import Pattern
 from slivo.errors import RecipeError, ShapeError, SlivoError
 from slivo.prune import criteria, sparsify
 from slivo.prune.criterion import criterion
-from slivo.prune.sparse import masked, sparsity
-from slivo.prune.sparse_choice import best
+from slivo.prune.sparse.choice import best
+from slivo.prune.sparse.masks import masked, sparsity
 
 
 class Mixed(nn.Module):

@@ -16,9 +16,9 @@ from slivo.errors import SlivoError
 from slivo.prune import criteria
 from slivo.prune.options import said
 from slivo.prune.schedule import steps
-from slivo.prune.sparse import check_scope, check_sparsity, zero_
-from slivo.prune.sparse_choice import Scope, Site, best, check_criterion, choose, score, sites
-from slivo.prune.sparse_hold import zeros_of
+from slivo.prune.sparse.choice import Scope, Site, best, check_criterion, choose, score, sites
+from slivo.prune.sparse.hold import zeros_of
+from slivo.prune.sparse.masks import check_scope, check_sparsity, zero_
 from slivo.train.hooks import Hook, TrainState
 
 Kept = Mapping[str, Tensor]

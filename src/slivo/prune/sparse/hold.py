@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from slivo.errors import SlivoError
 from slivo.graph.capture import canonical_names
-from slivo.prune.sparse import masked
+from slivo.prune.sparse.masks import masked
 
 
 class _Held(nn.Module):

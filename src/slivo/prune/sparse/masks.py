@@ -17,7 +17,7 @@ from slivo.graph.checks import check_model, check_values
 from slivo.prune import criteria
 from slivo.prune.options import said
 from slivo.prune.runs import Loss
-from slivo.prune.sparse_choice import Scope, choose, score, sites
+from slivo.prune.sparse.choice import Scope, choose, score, sites
 
 
 def sparsify(

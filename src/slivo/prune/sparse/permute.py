@@ -22,7 +22,7 @@ from slivo.graph.copies import duplicate
 from slivo.prune import criteria
 from slivo.prune.options import said
 from slivo.prune.runs import Loss
-from slivo.prune.sparse_choice import Site, best, score, sites
+from slivo.prune.sparse.choice import Site, best, score, sites
 
 _PASSES = 1000
 """Of swaps, at most; some ten are usual, and each makes the sum larger."""
