@@ -43,11 +43,19 @@ def counted(graph: Graph, kept: Mapping[str, Any]) -> dict[str, int]:
     return {"macs": macs, "params": params, "bytes": graph.count_bytes(sizes)}
 
 
+def equal(graph: Graph, name: str) -> set[str]:
+    """An axis and those that keep equal sizes with it, directly or by way of others."""
+    found = {name}
+    for _ in graph.ties:
+        found = found.union(*(tie for tie in graph.ties if tie & found))
+    return found
+
+
 def floors(graph: Graph, min_width: float | int, round_to: int) -> dict[str, int]:
     """The least width of each axis, said anew: of tied axes, that of the most demanding."""
     found = {}
     for axis in graph.prunable:
-        tied = [graph[name] for tie in graph.ties if axis.name in tie for name in tie] or [axis]
+        tied = [graph[name] for name in equal(graph, axis.name)]
         multiple = lcm(round_to, *(each.multiple for each in tied))
         wanted = [min_width if isinstance(min_width, int) else ceil(min_width * each.size) for each in tied]
         least = max(*wanted, *(each.least for each in tied))
@@ -60,8 +68,7 @@ def test_budgets_are_missed_by_less_than_a_step(seed: int) -> None:
     model, x = network(seed)
     graph = slivo.trace(model, x)
     generator = np.random.default_rng(1000 + seed)
-    frozen = {name for tie in graph.ties if any(graph[each].fixed for each in tie) for name in tie}
-    axes = [axis for axis in graph.prunable if axis.name not in frozen]
+    axes = [axis for axis in graph.prunable if not any(graph[each].fixed for each in equal(graph, axis.name))]
     assert axes
     for number in range(BUDGETS):
         what = str(generator.choice(TARGETS))
@@ -95,7 +102,7 @@ def grown(graph: Graph, kept: Mapping[str, list[int]], round_to: int, what: str)
     """What would be left if one step were given back, to each axis that is cut."""
     found = []
     for name in kept:
-        tied = next((tie for tie in graph.ties if name in tie), {name})
+        tied = equal(graph, name)
         multiple = lcm(round_to, *(graph[each].multiple for each in tied))
         larger = min(graph[name].size, (len(kept[name]) // multiple + 1) * multiple)
         found.append(counted(graph, {**kept, **{each: range(larger) for each in tied}})[what])
