@@ -14,11 +14,12 @@ from slivo.quantize import quantize
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
-def test_macs_and_params_are_those_of_the_graph(name):
+def test_costs_are_those_of_the_graph(name):
     model, inputs = build(name)
     graph = trace(model, inputs)
     found = cost(model, inputs)
     assert (found.macs, found.params) == (graph.macs, graph.params)
+    assert found.size_bytes == graph.count_bytes({})
 
 
 def test_products_that_pytorch_does_not_count():

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 
 import pytest
+import torch
+from torch import nn
 
 from slivo.errors import SlivoError
-from slivo.measure import latency
+from slivo.measure import clock, latency
 
 
 def test_every_call_is_made_and_percentiles_are_ordered():
@@ -35,3 +37,18 @@ def test_the_garbage_collector_stays_as_it_was():
 def test_nothing_to_time(repeats, warmup):
     with pytest.raises(SlivoError, match="at least 1 and 0"):
         latency(lambda: None, repeats=repeats, warmup=warmup)
+
+
+@pytest.mark.parametrize(("lasting", "calls"), [(1e-3, 2 + 3), (1e9, 2 + 100)])
+def test_a_clock_calls_the_model_as_often_as_the_time_allows(lasting, calls):
+    seen = []
+
+    class Net(nn.Linear):
+        def forward(self, x, scale):
+            seen.append((self.training, torch.is_grad_enabled()))
+            return super().forward(x) * scale
+
+    model = Net(3, 4).train()
+    assert clock({"x": torch.ones(2, 3), "scale": 2.0}, lasting_ms=lasting)(model) > 0
+    assert seen == [(False, False)] * calls
+    assert model.training

@@ -19,7 +19,11 @@ LAYERS = {"groups": 2, "stages": [{"prune": {}}]}
         ([{}], r"stages\[0\] has nothing; a stage is a mapping with one key, one of: prune, distill"),
         ([{"prune": PRUNE, "distill": KD}], r"stages\[0\] has prune and distill; a stage is a mapping with one key"),
         ([{"prune": {"criterion": "tailor"}}], r"criterion is 'tailor'; one of: .*Did you mean taylor"),
-        ([{"prune": {"keep": {}}}], r"prune.keep is empty; give macs or params"),
+        ([{"prune": {"keep": {}}}], r"prune.keep is empty; give macs, params, bytes or latency"),
+        ([{"prune": {"keep": {"latency": 0.5, "latency_ms": 2.0}}}], "latency, a share, and latency_ms, milliseconds; give one"),  # noqa: E501
+        ([{"prune": {"keep": {"latency_ms": 2.0}, "schedule": {"steps": 2}}}], "has latency_ms and several steps"),
+        ([{"prune": {"keep": {"latency": 3}}}], r"latency is 3; a share between 0 and 1 .*Did you mean 0.3"),
+        ([{"prune": {"min_width": {"*": 1.5}}}], "min_width is .*a share of an axis .* or a mapping of globs"),
         ([{"prune": {"recover": {**KD, "losses": ["kdd"]}}}], r"recover.losses\[0\] is not valid: no loss is called 'kdd'"),  # noqa: E501
         ([{"distill": {**KD, "losses": [{"kd": {"temprature": 2}}]}}], r"losses\[0\] is not valid: .*temperature"),
         ([{"distill": {**KD, "losses": [{"kd": {"temperature": -2}}]}}], r"losses\[0\] is not valid: .*temperature"),

@@ -29,6 +29,15 @@ def test_the_steps_of_a_schedule_end_at_what_is_kept() -> None:
     assert {goal.since for goal in goals(found)} == {1}  # shares of what the student had when the stage began
 
 
+def test_bytes_and_latency_have_steps_too() -> None:
+    keep = {"bytes": 0.4, "latency": 0.5}
+    found = goals(steps({"prune": {"keep": keep, "schedule": {"kind": "linear", "steps": 2}}}))
+    assert [goal.bytes for goal in found] == pytest.approx([0.7, 0.4])
+    assert [goal.latency for goal in found] == pytest.approx([0.75, 0.5])
+    assert all(goal.macs is None and goal.latency_ms is None for goal in found)
+    assert [goal.latency_ms for goal in goals(steps({"prune": {"keep": {"latency_ms": 3.0}}}))] == [3.0]
+
+
 def test_stages_without_a_budget_share_the_target_in_equal_ratios() -> None:
     found = steps({"repeat": {"times": 3, "stages": [{"prune": {}}, {"distill": KD}]}}, target={"macs": 0.2})
     assert [step.label for step in found[1:3]] == ["prune, round 1/3", "distill, round 1/3"]

@@ -11,12 +11,12 @@ from math import lcm, prod
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from slivo.errors import ShapeError, SlivoError
 from slivo.graph import rules
 from slivo.graph.capture import Capture, capture, check_call, output_names
-from slivo.graph.count import Counter, counter
+from slivo.graph.count import Counter, FileSize, counter, file_size, stored
 from slivo.graph.dims import Term, Var, fix, head, leaves, positions
 from slivo.graph.infer import Inference
 from slivo.graph.inputs import ExampleInputs, batch_size
@@ -81,6 +81,7 @@ class Graph:
         macs: Multiply-accumulates per sample of convolutions, matrix products and attention.
         params: Number of parameters; tied weights count once.
         unknown_ops: Operators without a rule, and how often each occurs; their dimensions are fixed.
+        stored: The parameters and buffers that a file of the model has, on the meta device.
     """
 
     axes: tuple[Axis, ...]
@@ -91,6 +92,7 @@ class Graph:
     variables: Mapping[str, Var] = field(repr=False)
     inference: Inference = field(repr=False)
     batch: int = field(repr=False)
+    stored: Mapping[str, Tensor] = field(repr=False)
 
     def __getitem__(self, name: str) -> Axis:
         """Return the axis of that name.
@@ -146,6 +148,22 @@ class Graph:
         kept = {self.variables[name]: size for name, size in sizes.items()}
         macs, params = self._counters
         return macs(kept) // self.batch, self.params - params({}) + params(kept)
+
+    def count_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Return the bytes of the model's tensors as a safetensors file when axes have other sizes.
+
+        Args:
+            sizes: For some axes, by name, the number of positions that stay.
+
+        Returns:
+            Parameters and buffers in their dtypes, and the header: exact, unless a captured graph takes the place of a
+            module, which names its tensors otherwise.
+        """
+        return self._file_size({self.variables[name]: size for name, size in sizes.items()})
+
+    @cached_property
+    def _file_size(self) -> FileSize:
+        return file_size(self.variables.values(), self.stored, self.inference.tensors)
 
     @cached_property
     def _counters(self) -> tuple[Counter, Counter]:
@@ -216,6 +234,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, *, free: Sequence[str
         variables=variables,
         inference=inference,
         batch=batch,
+        stored=stored(model),
     )
 
 

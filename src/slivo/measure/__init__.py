@@ -2,13 +2,15 @@
 
 from slivo.measure.cost import Cost, cost
 from slivo.measure.inspection import Inspection, inspect
-from slivo.measure.latency import latency
+from slivo.measure.latency import Timer, clock, latency
 from slivo.measure.quality import agreement, confusion, predictions, quality
 
 __all__ = [
     "Cost",
     "Inspection",
+    "Timer",
     "agreement",
+    "clock",
     "confusion",
     "cost",
     "inspect",

@@ -4,68 +4,99 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, lcm
+from math import isfinite
 from numbers import Integral, Real
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from slivo.errors import TargetError
-from slivo.graph import Axis, Graph
-from slivo.prune.options import check_widths, said
+from slivo.graph import Graph
+from slivo.prune.options import MinWidth, said
+from slivo.prune.ranks import Group, Scope, Scores, gone_of, rank, removals
 
-Scope = Literal["global", "uniform", "isomorphic"]
-Scores = Mapping[str, NDArray[np.float64]]
-"""For each axis, by name, the importance of each position."""
-
-Role = tuple[tuple[int, tuple[int, ...], int, bool, bool], ...]
-"""What an axis is to the weights that it lies on; see `alike`."""
+COUNTED = {"macs": "MACs", "params": "parameters", "bytes": "bytes"}
+"""What a budget can say that is counted, and not measured; and how it is called."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may stay of a model. Each entry is a share (a float up to 1.0) or an absolute count (an int).
+    """What may stay of a model. Each entry but ``latency_ms`` is a share: a float above 0 and up to 1.0.
+
+    What is counted may be given as an absolute count in its place: an int. If there are several entries, all of them
+    are held.
 
     Args:
-        macs: Multiply-accumulates per sample.
-        params: Parameters.
+        macs: Multiply-accumulates per sample; a share or a count.
+        params: Parameters; a share or a count.
+        bytes: Bytes of the model's tensors, parameters and buffers in their dtypes, as a safetensors file; a share or
+            a count. What `slivo.inspect` says and `slivo.save` writes.
+        latency: Share of the time of one call, measured (`slivo.prune`).
+        latency_ms: Milliseconds of one call, measured; in place of ``latency``.
 
     Raises:
         TargetError: If nothing is given, or a value is no share and no count.
 
     Example:
-        >>> Budget(macs=0.5).limits(macs=1000, params=70)
-        (500, 70)
-        >>> Budget(macs=0.5, params=20).limits(macs=1000, params=70)
-        (500, 20)
+        >>> Budget(macs=0.5).limits({"macs": 1000, "params": 70})
+        {'macs': 500}
+        >>> Budget(macs=0.5, params=20).limits({"macs": 1000, "params": 70})
+        {'macs': 500, 'params': 20}
     """
 
     macs: float | int | None = None
     params: float | int | None = None
+    bytes: float | int | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
-        if self.macs is None and self.params is None:
-            raise TargetError("a budget needs macs=… or params=…; a share (0.5 keeps half) or a count")
-        for name, value in (("macs", self.macs), ("params", self.params)):
-            if value is not None and not _is_limit(value):
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if not given:
+            raise TargetError(
+                "a budget needs macs=…, params=…, bytes=… or latency=…; a share (0.5 keeps half) or, but for latency, "
+                "a count"
+            )
+        if self.latency is not None and self.latency_ms is not None:
+            raise TargetError("a budget has latency, a share, and latency_ms, milliseconds; give one of them")
+        for name, value in given.items():
+            if name == "latency_ms":
+                if not _is_number(value) or not isfinite(value) or value <= 0:
+                    raise TargetError(f"budget latency_ms is {said(value)}; milliseconds, a number above 0")
+            elif name == "latency":
+                if not _is_number(value) or isinstance(value, Integral) or not 0 < value <= 1:
+                    raise TargetError(
+                        f"budget latency is {said(value)}; a share above 0 and up to 1.0 (0.5 halves the time), or "
+                        "milliseconds as latency_ms=…"
+                    )
+            elif not _is_number(value) or not (0 < value <= 1 or (value > 0 and isinstance(value, Integral))):
                 raise TargetError(
                     f"budget {name} is {said(value)}; a share above 0 and up to 1.0 (0.5 keeps half) or a count, an int"
                 )
 
-    def limits(self, *, macs: int, params: int) -> tuple[int, int]:
-        """Return the largest MACs and parameters allowed, for a model that has so many now.
+    @property
+    def timed(self) -> bool:
+        """Whether there is a latency to keep to."""
+        return self.latency is not None or self.latency_ms is not None
+
+    def limits(self, whole: Mapping[str, int]) -> dict[str, int]:
+        """Return the largest count allowed of each thing that is counted and that the budget speaks of.
+
+        Args:
+            whole: What the model has now: ``macs``, ``params`` and ``bytes``, as far as the budget speaks of them.
 
         Raises:
             TargetError: If it is to keep a share of nothing.
         """
-        for name, share, whole in (("MACs", self.macs, macs), ("parameters", self.params, params)):
-            if not whole and share is not None and not isinstance(share, Integral) and share < 1:
+        given = {name: getattr(self, name) for name in COUNTED}
+        for name, share in given.items():
+            if share is not None and not isinstance(share, Integral) and share < 1 and not whole[name]:
                 raise TargetError(
-                    f"the budget keeps {share} of the {name}, but on these inputs the model has none; give "
-                    f"{'params' if name == 'MACs' else 'macs'}=… in its place"
+                    f"the budget keeps {share} of the {COUNTED[name]}, but on these inputs the model has none; give "
+                    f"{'params' if name == 'macs' else 'macs'}=… in its place"
                 )
-        return _limit(self.macs, macs), _limit(self.params, params)
+        return {
+            name: int(value) if isinstance(value, Integral) else int(value * whole[name])
+            for name, value in given.items()
+            if value is not None
+        }
 
 
 def check_budget(keep: object) -> None:
@@ -85,38 +116,9 @@ def check_budget(keep: object) -> None:
         raise TargetError(f"keep is {said(keep)}, no Budget; say what may stay of what: keep=Budget(macs={share})")
 
 
-def _is_limit(value: object) -> bool:
-    """Tell a share or a count, numpy's included, from what is neither."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return False
-    return float(value) > 0 and (isinstance(value, Integral) or float(value) <= 1)
-
-
-def _limit(value: float | int | None, whole: int) -> int:
-    if value is None:
-        return whole
-    return int(value) if isinstance(value, Integral) else int(value * whole)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Axes that are cut together, rank by rank: one axis, or several that must keep equal sizes."""
-
-    axes: tuple[Axis, ...]
-    order: tuple[NDArray[np.int64], ...]
-    scores: NDArray[np.float64]
-    least: int
-    multiple: int
-
-    @property
-    def size(self) -> int:
-        return self.axes[0].size
-
-    def kept(self, gone: int) -> dict[str, list[int]]:
-        """Positions that stay when the ``gone`` least important ranks go."""
-        return {
-            axis.name: sorted(order[gone:].tolist()) for axis, order in zip(self.axes, self.order, strict=True) if gone
-        }
+def _is_number(value: object) -> bool:
+    """Tell numbers, numpy's included, from what is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def allocate(
@@ -125,21 +127,29 @@ def allocate(
     budget: Budget,
     *,
     scope: Scope = "global",
-    min_width: float | int = 0.1,
+    min_width: MinWidth = 0.1,
     round_to: int = 1,
 ) -> dict[str, list[int]]:
-    """Choose the positions that stay so that the budget is met, and missed by no more than one step.
+    """Choose the positions that stay so that the budget is met, and missed by less than one step.
+
+    A step gives back to an axis that is cut its most important position, and to axes that must keep equal sizes with
+    it theirs; with ``round_to``, as many as there are up to the next multiple, or to the whole axis. What is left is
+    counted on the graph and never above the budget; no step fits in any more. So wherever some step is that small, the
+    budget is hit within 1 %.
 
     Args:
         graph: The traced model.
         scores: The axes that may be cut, and the importance of each of their positions.
-        budget: What may stay.
+        budget: What may stay; without latency, which takes a model to measure (`slivo.prune`).
         scope: ``global`` ranks all positions of all axes together and removes the least important; ``uniform``
             keeps the same share of every axis; ``isomorphic`` removes the same share of each class of axes that
-            are alike (`alike`), and within a class the least important (Fang, Ma, Mi, Wang 2024, "Isomorphic Pruning
-            for Vision Models", arXiv:2407.04616).
+            are alike (`slivo.prune.ranks.alike`), and within a class the least important (Fang, Ma, Mi, Wang 2024,
+            "Isomorphic Pruning for Vision Models", arXiv:2407.04616).
         min_width: Least size of an axis that is cut: a share of its size, or a count (an int). A tenth by default,
-            so that no layer collapses whatever its scores.
+            so that no layer collapses whatever its scores. Or a mapping, ``{"layer1.*": 0.5, "head": 16, "*": 0.1}``:
+            globs over axis names and paths of modules that write them, of which the first that matches an axis
+            decides; a tenth where none does. Axes that must keep equal sizes have the largest of theirs. No axis goes
+            below one position.
         round_to: Sizes that change become multiples of this, for hardware that likes them (8, 16, 32), and of what
             the axis itself asks for (`slivo.graph.Axis`).
 
@@ -148,150 +158,86 @@ def allocate(
 
     Raises:
         TargetError: If the budget cannot be met; says what the least possible is.
+        SlivoError: If a glob of ``min_width`` matches no axis.
     """
-    groups = _groups(graph, scores, min_width, round_to)
-    limits = budget.limits(macs=graph.macs, params=graph.params)
-    removed = _removals(graph, groups, scope)
+    if budget.timed:
+        raise TargetError("the budget has a latency, which is measured on a model: use slivo.prune, or its plan")
+    groups = rank(graph, scores, min_width, round_to)
+    removed = removals(graph, groups, scope)
+    limits = budget.limits(count(graph, {}, budget))
+    needed = fewest(graph, groups, removed, budget, limits)
+    return kept_by(groups, refill(graph, groups, gone_of(groups, removed[:needed]), budget, limits))
+
+
+def count(graph: Graph, sizes: Mapping[str, int], budget: Budget) -> dict[str, int]:
+    """Count what a budget speaks of, when axes have other sizes."""
+    macs, params = graph.count(sizes)
+    found = {"macs": macs, "params": params}
+    return found if budget.bytes is None else {**found, "bytes": graph.count_bytes(sizes)}
+
+
+def kept_by(groups: Sequence[Group], gone: Sequence[int]) -> dict[str, list[int]]:
+    """Return for each axis that is cut the positions that stay when so many ranks of each group go."""
+    return {name: kept for group, many in zip(groups, gone, strict=True) for name, kept in group.kept(many).items()}
+
+
+def fewest(
+    graph: Graph, groups: Sequence[Group], removed: Sequence[int], budget: Budget, limits: Mapping[str, int]
+) -> int:
+    """Return how many removals it takes, in their order, to keep to the limits.
+
+    Raises:
+        TargetError: If all of them do not.
+    """
     low, high = 0, len(removed)
-    least = _count(graph, groups, _cut(groups, removed))
-    if not _within(least, limits):
-        raise _unmet(graph, least, limits)
+    least = left(graph, groups, gone_of(groups, removed), budget)
+    if not within(least, limits):
+        raise _unmet(count(graph, {}, budget), least, limits)
     while low < high:
         middle = (low + high) // 2
-        if _within(_count(graph, groups, _cut(groups, removed[:middle])), limits):
+        if within(left(graph, groups, gone_of(groups, removed[:middle]), budget), limits):
             high = middle
         else:
             low = middle + 1
-    gone = _refill(graph, groups, _cut(groups, removed[:low]), limits)
-    return {name: kept for group, count in zip(groups, gone, strict=True) for name, kept in group.kept(count).items()}
+    return low
 
 
-def _groups(graph: Graph, scores: Scores, min_width: float | int, round_to: int) -> list[_Group]:
-    check_widths(min_width, round_to)
-    sets: dict[str, frozenset[str]] = {name: frozenset([name]) for name in scores}
-    for tie in graph.ties:
-        joined = frozenset().union(*(sets.get(name, frozenset([name])) for name in tie))
-        for name in joined:
-            sets[name] = joined
-    groups = []
-    for names in dict.fromkeys(sets.values()):
-        if not names <= scores.keys():
-            continue  # tied to an axis that must stay
-        axes = tuple(graph[name] for name in sorted(names))
-        order = tuple(np.argsort(scores[axis.name], kind="stable") for axis in axes)
-        ranked = np.sum([scores[axis.name][ranks] for axis, ranks in zip(axes, order, strict=True)], axis=0)
-        least = min_width if isinstance(min_width, Integral) else ceil(min_width * axes[0].size)
-        multiple = lcm(round_to, *(axis.multiple for axis in axes))
-        least = ceil(max(least, *(axis.least for axis in axes)) / multiple) * multiple
-        groups.append(_Group(axes, order, ranked, min(least, axes[0].size), multiple))
-    return groups
-
-
-def alike(graph: Graph, axis: Axis) -> Role:
-    """Return what an axis is to the weights that it lies on: axes for which this is equal compete in one class.
-
-    Args:
-        graph: The traced model.
-        axis: One of its axes.
-
-    Returns:
-        For each parameter on the axis, sorted: its number of dimensions, its kernel's size, which dimension lies on the
-        axis, whether the parameter reads it, and whether a position has several entries of it. Widths do not matter:
-        stages of a network are alike although later ones are wider.
-
-    Example:
-        >>> import slivo, torch
-        >>> layers = [torch.nn.Linear(4, 8), torch.nn.Linear(8, 6), torch.nn.Linear(6, 2)]
-        >>> graph = slivo.trace(torch.nn.Sequential(*layers), torch.randn(2, 4))
-        >>> alike(graph, graph["0 out"]) == alike(graph, graph["1 out"])
-        True
-    """
-    found = []
-    for member in axis.members:
-        if member.tensor in graph.parameters:
-            shape = [term.size for term in graph.inference.tensors[member.tensor]]
-            found.append((len(shape), tuple(shape[2:]), member.dim, member.reads, member.index.shape[1] > 1))
-    return tuple(sorted(found))
-
-
-def _removals(graph: Graph, groups: Sequence[_Group], scope: Scope) -> list[int]:
-    """Return group numbers, one for each position that goes, in the order in which they go."""
-    if scope == "uniform":
-        classes: list[list[int]] = [[number] for number in range(len(groups))]
-    elif scope == "global":
-        classes = [[*range(len(groups))]]
-    elif scope == "isomorphic":
-        found: dict[tuple[Role, ...], list[int]] = {}
-        for number, group in enumerate(groups):
-            found.setdefault(tuple(sorted(alike(graph, axis) for axis in group.axes)), []).append(number)
-        classes = [*found.values()]
-    else:
-        raise TargetError(f"scope is {scope!r}; 'global', 'uniform' or 'isomorphic'")
-    shares = []
-    for numbers in classes:
-        whole = sum(groups[number].size for number in numbers)
-        # The ranks of a group go in order even where scores are equal or not numbers; sorting is stable.
-        ranked = sorted(
-            (score, number)
-            for number in numbers
-            for score in np.maximum.accumulate(groups[number].scores)[
-                : groups[number].size - groups[number].least
-            ].tolist()
-        )
-        shares += [(rank / whole, number) for rank, (_, number) in enumerate(ranked, start=1)]
-    return [number for _, number in sorted(shares)]
-
-
-def _cut(groups: Sequence[_Group], removed: Sequence[int]) -> list[int]:
-    """Return for each group how many ranks go; kept sizes that change are rounded down to a multiple."""
-    counts = np.bincount(np.asarray(removed, dtype=np.int64), minlength=len(groups))
-    gone = []
-    for group, count in zip(groups, counts.tolist(), strict=True):
-        kept = max(group.least, (group.size - count) // group.multiple * group.multiple) if count else group.size
-        gone.append(group.size - kept)
-    return gone
-
-
-def _count(graph: Graph, groups: Sequence[_Group], gone: Sequence[int]) -> tuple[int, int]:
-    """Return the MACs and parameters left when so many ranks of each group go."""
-    return graph.count(
-        {
-            axis.name: group.size - count
-            for group, count in zip(groups, gone, strict=True)
-            if count
-            for axis in group.axes
-        }
-    )
-
-
-def _refill(graph: Graph, groups: Sequence[_Group], gone: list[int], limits: tuple[int, int]) -> list[int]:
+def refill(
+    graph: Graph, groups: Sequence[Group], gone: list[int], budget: Budget, limits: Mapping[str, int]
+) -> list[int]:
     """Give back the most important positions that still fit, so that the budget is used up."""
     # Giving back only gets dearer as others are given back: a group that did not fit once never will.
-    candidates = {number for number, count in enumerate(gone) if count}
+    candidates = {number for number, many in enumerate(gone) if many}
     while candidates:
         best = max(candidates, key=lambda number: (groups[number].scores[gone[number] - 1], -number))
-        size, multiple = groups[best].size, groups[best].multiple
-        larger = min(size, ((size - gone[best]) // multiple + 1) * multiple)
         trial = [*gone]
-        trial[best] = size - larger
-        if _within(_count(graph, groups, trial), limits):
+        trial[best] = groups[best].step(gone[best])
+        if within(left(graph, groups, trial, budget), limits):
             gone = trial
         if gone is not trial or not gone[best]:
             candidates.discard(best)
     return gone
 
 
-def _within(found: tuple[int, int], limits: tuple[int, int]) -> bool:
-    return found[0] <= limits[0] and found[1] <= limits[1]
+def left(graph: Graph, groups: Sequence[Group], gone: Sequence[int], budget: Budget) -> dict[str, int]:
+    """Count what is left when so many ranks of each group go."""
+    sizes = {
+        axis.name: group.size - many for group, many in zip(groups, gone, strict=True) if many for axis in group.axes
+    }
+    return count(graph, sizes, budget)
 
 
-def _unmet(graph: Graph, found: tuple[int, int], limits: tuple[int, int]) -> TargetError:
+def within(found: Mapping[str, int], limits: Mapping[str, int]) -> bool:
+    """Tell whether what is counted keeps to the limits."""
+    return all(found[name] <= limit for name, limit in limits.items())
+
+
+def _unmet(whole: Mapping[str, int], found: Mapping[str, int], limits: Mapping[str, int]) -> TargetError:
     told = [
-        f"{name} {limit:,} asked for, {count:,} ({count / total:.1%} of {total:,}) is the least"
-        for name, limit, count, total in zip(
-            ("MACs", "parameters"), limits, found, (graph.macs, graph.params), strict=True
-        )
-        if count > limit
+        f"{COUNTED[name]} {limit:,} asked for, {found[name]:,} ({found[name] / whole[name]:.1%} of {whole[name]:,}) is "
+        "the least"
+        for name, limit in limits.items()
+        if found[name] > limit
     ]
     return TargetError(
         f"the budget cannot be met: {'; '.join(told)}. Allow more, lower min_width or round_to, or leave fewer layers "

@@ -21,7 +21,7 @@ from slivo.graph.checks import check_values
 from slivo.graph.inputs import ExampleInputs, fresh
 from slivo.graph.program import tensors_of
 from slivo.measure import cost
-from slivo.prune.budget import Budget, check_budget
+from slivo.prune.budget import COUNTED, Budget, check_budget
 from slivo.prune.options import check_batches, listed
 
 
@@ -39,7 +39,7 @@ def drop(
     Args:
         model: The trained model; left untouched.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
-        keep: What may stay, in MACs or parameters.
+        keep: What may stay, in MACs, parameters or bytes.
         only: Globs over block paths; if given, only those are dropped.
         exclude: Globs over block paths that stay.
         batches: What the model is called with to measure influence; the example inputs if None. Some hundred samples
@@ -61,6 +61,8 @@ def drop(
         1
     """
     check_budget(keep)
+    if keep.timed:
+        raise TargetError("blocks are dropped to a budget of macs, params or bytes; for latency prune widths")
     if batches is not None:
         check_batches(batches)
     check_call(model, example_inputs)
@@ -69,20 +71,24 @@ def drop(
     found = _selected(blocks(model, example_inputs), listed(only, "only"), listed(exclude, "exclude"))
     worth = influence(model, found, [example_inputs] if batches is None else batches)
     order = sorted(found, key=lambda block: worth[block.module])
-    whole = cost(model, example_inputs)
-    limits = keep.limits(macs=whole.macs, params=whole.params)
+    whole = _costs(model, example_inputs)
+    limits = keep.limits(whole)
     low, high = 0, len(order)
-    least = cost(_without(model, order), example_inputs)
-    if least.macs > limits[0] or least.params > limits[1]:
+    least = _costs(_without(model, order), example_inputs)
+    if any(least[name] > limit for name, limit in limits.items()):
+        told = ", ".join(
+            f"{least[name]:,} {COUNTED[name]} ({least[name] / max(1, whole[name]):.1%})"
+            for name in COUNTED
+            if name in limits
+        )
         raise TargetError(
-            f"the budget cannot be met by dropping blocks: without all {len(order)} the model has {least.macs:,} MACs "
-            f"({least.macs / max(1, whole.macs):.1%}) and {least.params:,} parameters "
-            f"({least.params / max(1, whole.params):.1%}). Allow more, or prune widths as well"
+            f"the budget cannot be met by dropping blocks: without all {len(order)} the model has {told}. Allow more, "
+            "or prune widths as well"
         )
     while low < high:
         middle = (low + high) // 2
-        left = cost(_without(model, order[:middle]), example_inputs)
-        if left.macs <= limits[0] and left.params <= limits[1]:
+        left = _costs(_without(model, order[:middle]), example_inputs)
+        if all(left[name] <= limit for name, limit in limits.items()):
             high = middle
         else:
             low = middle + 1
@@ -178,6 +184,11 @@ def _selected(found: Sequence[Block], only: Sequence[str], exclude: Sequence[str
             "passes through it, or all are excluded; prune widths instead"
         )
     return left
+
+
+def _costs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, int]:
+    found = cost(model, example_inputs)
+    return {"macs": found.macs, "params": found.params, "bytes": found.size_bytes}
 
 
 def _without(model: nn.Module, dropped: Sequence[Block]) -> nn.Module:

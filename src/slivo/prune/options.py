@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from numbers import Integral
 
 from torch import Tensor
 
 from slivo.errors import SlivoError, TargetError
+from slivo.graph import Axis
+
+MinWidth = float | int | Mapping[str, float | int]
+"""Least size of axes: a share or a count for all, or for each glob over axis names and module paths its own."""
 
 
 def said(value: object) -> str:
@@ -32,18 +37,38 @@ def check_batches(batches: object) -> None:
 
 
 def check_widths(min_width: object, round_to: object) -> None:
-    """Look whether the least width is a share or a count, and the multiple a count.
+    """Look whether least widths are shares or counts, and the multiple a count.
 
     Raises:
-        TargetError: If either is not.
+        TargetError: If any is not.
     """
     if isinstance(round_to, bool) or not isinstance(round_to, Integral) or int(round_to) < 1:
         raise TargetError(f"round_to is {said(round_to)}; an int of at least 1 (8 makes widths multiples of 8)")
-    count = isinstance(min_width, Integral) and not isinstance(min_width, bool) and int(min_width) >= 0
-    if not count and not (isinstance(min_width, float) and 0 <= min_width <= 1):
-        raise TargetError(
-            f"min_width is {said(min_width)}; a share from 0.0 to 1.0 (0.1 is a tenth) or a count, an int"
-        )
+    widths = min_width if isinstance(min_width, Mapping) else {"": min_width}
+    for glob, width in widths.items():
+        if not isinstance(glob, str):
+            raise TargetError(f"min_width has the key {said(glob)}; a glob, as min_width={{'layer1.*': 0.5, '*': 0.1}}")
+        count = isinstance(width, Integral) and not isinstance(width, bool) and int(width) >= 0
+        if not count and not (isinstance(width, float) and 0 <= width <= 1):
+            of = f" of {glob!r}" if isinstance(min_width, Mapping) else ""
+            raise TargetError(
+                f"min_width{of} is {said(width)}; a share from 0.0 to 1.0 (0.1 is a tenth) or a count, an int"
+            )
+
+
+def places(axis: Axis, *, readers: bool) -> set[str]:
+    """Return what globs may call an axis: its name and the paths of the modules that write it, or take part in it."""
+    return {axis.name, *(m.tensor.rpartition(".")[0] for m in axis.members if readers or not m.reads)}
+
+
+def matches(glob: str, named: Iterable[str]) -> bool:
+    """Tell whether a glob matches one of the names, or a parent of it, or is itself one: names may have brackets.
+
+    Example:
+        >>> matches("layer1", ["layer1.0.conv"]), matches("layer", ["layer1.0.conv"])
+        (True, False)
+    """
+    return any(name == glob or fnmatchcase(name, glob) or fnmatchcase(name, f"{glob}.*") for name in named)
 
 
 def listed(given: Sequence[str] | str, what: str) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -17,11 +16,14 @@ from slivo.graph.checks import check_values
 from slivo.graph.config import plan_config
 from slivo.graph.inputs import Call, ExampleInputs, fresh
 from slivo.graph.twins import sharing
+from slivo.measure import Timer, clock
 from slivo.prune import criteria
-from slivo.prune.budget import Budget, Scope, allocate, check_budget
+from slivo.prune.budget import Budget, allocate, check_budget
 from slivo.prune.importance import importance
-from slivo.prune.options import check_widths, listed
+from slivo.prune.latency import Kept, fit
+from slivo.prune.options import MinWidth, check_widths, listed, matches, places
 from slivo.prune.plans import Plan
+from slivo.prune.ranks import Scope
 from slivo.prune.runs import Loss
 
 
@@ -36,17 +38,19 @@ def prune(
     exclude: Sequence[str] = (),
     now: Sequence[str] = (),
     free: Sequence[str] = (),
-    min_width: float | int = 0.1,
+    min_width: MinWidth = 0.1,
     round_to: int = 1,
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    timer: Timer | None = None,
 ) -> nn.Module:
     """Return a smaller model: the least important channels, heads and units are cut out for good.
 
     Args:
         model: The trained model; it is left untouched.
         example_inputs: A tensor, a tuple of positional arguments, or a mapping of keyword arguments.
-        keep: What may stay, in MACs or parameters; hit within 1 % wherever single positions are that small.
+        keep: What may stay, in MACs, parameters or bytes, hit within 1 % wherever single positions are that small; or
+            of the latency, hit within 5 % as measured (`slivo.prune.latency.fit` says what is guaranteed).
         criterion: Name of a criterion (`slivo.prune.criteria.names`) or one of your own.
         scope: ``global`` (all positions compete), ``uniform`` (the same share of every axis) or ``isomorphic``
             (positions compete with those of axes that are alike).
@@ -55,11 +59,14 @@ def prune(
         now: Globs as ``only``, to cut one part of the network after the other: the budget is planned over all axes
             that ``only`` and ``exclude`` leave, but only those that match are cut by this call.
         free: Globs over outputs whose sizes may change, as in `slivo.trace`: features of a backbone, say.
-        min_width: Least size of an axis that is cut: a share, or a count (an int).
+        min_width: Least size of an axis that is cut: a share, or a count (an int); or a mapping of globs over axis
+            names and module paths to these, ``{"layer1.*": 0.5, "*": 0.1}``, of which the first that matches decides.
         round_to: Sizes that change become multiples of this.
         batches: For criteria that need data: what ``loss`` is called with; without a loss, inputs as
             ``example_inputs``, or pairs ``(inputs, labels)`` for criteria of the label.
         loss: For criteria of the gradient: ``loss(model, batch)``, a scalar.
+        timer: For a budget of latency: returns the milliseconds of one call of a model, on whatever machine or
+            runtime. None times PyTorch on the example inputs, ``slivo.measure.clock(example_inputs)``.
 
     Returns:
         A new model that carries the edit (`slivo.edits.record`), ready for `slivo.save` or for more training.
@@ -81,7 +88,7 @@ def prune(
     graph = trace(model, example_inputs, free=free)
     found = plan(
         model, example_inputs, keep=keep, criterion=criterion, scope=scope, only=only, exclude=exclude, now=now,
-        min_width=min_width, round_to=round_to, batches=batches, loss=loss, graph=graph,
+        min_width=min_width, round_to=round_to, batches=batches, loss=loss, timer=timer, graph=graph,
     )  # fmt: skip
     return cut(model, example_inputs, found, graph=graph)
 
@@ -97,10 +104,11 @@ def plan(
     exclude: Sequence[str] = (),
     now: Sequence[str] = (),
     free: Sequence[str] = (),
-    min_width: float | int = 0.1,
+    min_width: MinWidth = 0.1,
     round_to: int = 1,
     batches: Iterable[Any] | None = None,
     loss: Loss | None = None,
+    timer: Timer | None = None,
     graph: Graph | None = None,
 ) -> Plan:
     """Choose what `prune` would cut, and cut nothing: to look at, to write to a file, to change by hand.
@@ -126,10 +134,21 @@ def plan(
         axis
         for axis in select(graph, only=only, exclude=exclude)
         # Fewer experts make no sample cheaper: they go if parameters have to, or on request.
-        if not axis.routed or keep.params is not None or only
+        if not axis.routed or keep.params is not None or keep.bytes is not None or only
     ]
     scores = importance(model, graph, axes, criteria.resolve(criterion), batches=batches, loss=loss)
-    kept = allocate(graph, scores, keep, scope=scope, min_width=min_width, round_to=round_to)
+    if keep.timed:
+
+        def small(kept: Kept) -> nn.Module:
+            chosen = Plan({name: graph[name].size for name in kept}, {name: tuple(each) for name, each in kept.items()})
+            return cut(model, example_inputs, chosen, graph=graph)
+
+        kept = fit(
+            graph, scores, keep, model, small, timer or clock(example_inputs), scope=scope, min_width=min_width,
+            round_to=round_to,
+        )  # fmt: skip
+    else:
+        kept = allocate(graph, scores, keep, scope=scope, min_width=min_width, round_to=round_to)
     if now:
         kept = _part(graph, kept, {axis.name for axis in select(graph, only=now)})
     return Plan(
@@ -195,14 +214,14 @@ def select(graph: Graph, *, only: Sequence[str] = (), exclude: Sequence[str] = (
     """
     only, exclude = listed(only, "only"), listed(exclude, "exclude")
     for glob in (*only, *exclude):
-        if not any(_matches(glob, _places(axis, readers=True)) for axis in graph.axes):
+        if not any(matches(glob, places(axis, readers=True)) for axis in graph.axes):
             modules = sorted({name.rpartition(".")[0] for name in graph.parameters})
             raise SlivoError(f"{glob!r} matches no axis and no module; there are {', '.join(modules[:8])} …")
     left = [
         axis
         for axis in graph.prunable
-        if (not only or any(_matches(glob, _places(axis, readers=False)) for glob in only))
-        and not any(_matches(glob, _places(axis, readers=True)) for glob in exclude)
+        if (not only or any(matches(glob, places(axis, readers=False)) for glob in only))
+        and not any(matches(glob, places(axis, readers=True)) for glob in exclude)
     ]
     if not left:
         raise SlivoError(_none_left(graph, only, exclude))
@@ -224,13 +243,3 @@ def _part(graph: Graph, kept: dict[str, list[int]], names: set[str]) -> dict[str
     """Return what is kept of some axes, and of those that must keep equal sizes with them."""
     tied = {name for tie in graph.ties if names & set(tie) for name in tie}
     return {name: positions for name, positions in kept.items() if name in names | tied}
-
-
-def _places(axis: Axis, *, readers: bool) -> set[str]:
-    """The axis's name and the paths of the modules that hold its members, with their parents."""
-    modules = {member.tensor.rpartition(".")[0] for member in axis.members if readers or not member.reads}
-    return {axis.name, *modules}
-
-
-def _matches(glob: str, places: Iterable[str]) -> bool:
-    return any(fnmatchcase(place, glob) or fnmatchcase(place, f"{glob}.*") for place in places)

@@ -78,8 +78,16 @@ def _prune(recipe: Recipe, path: Path, part: Prune) -> Iterator[Problem]:
     if part.criterion not in criteria.names():
         yield (*path, "criterion"), unknown(part.criterion, criteria.names(), "one of")
     keep = part.keep
-    if keep is not None and keep.macs is None and keep.params is None:
-        yield (*path, "keep"), "is empty; give macs or params, a share between 0 and 1"
+    if keep is not None and not keep.model_dump(exclude_none=True):
+        yield (*path, "keep"), "is empty; give macs, params, bytes or latency, a share between 0 and 1"
+    if keep is not None and keep.latency_ms is not None:
+        if keep.latency is not None:
+            yield (*path, "keep"), "has latency, a share, and latency_ms, milliseconds; give one of them"
+        if part.schedule.steps != 1:
+            yield (
+                (*path, "keep"),
+                "has latency_ms and several steps to it; give latency, a share, or leave schedule out",
+            )
     if keep is None and recipe.target.macs is None and recipe.target.params is None:
         yield path, "has no keep, and target asks for neither macs nor params; give one of them"
     if part.recover is not None:

@@ -19,11 +19,17 @@ class Goal:
         since: The step before which the student's cost is the whole; None for the teacher's cost.
         macs: Share of the whole's multiply-accumulates that may stay, or None.
         params: Share of its parameters, or None.
+        bytes: Share of its bytes, or None.
+        latency: Share of its latency, or None.
+        latency_ms: Milliseconds that one call may take, or None.
     """
 
     since: int | None
     macs: float | None
     params: float | None
+    bytes: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,8 @@ def _with_goals(found: Sequence[Step | _Cut], recipe: Recipe) -> list[Step]:
     for stage in stages:
         keep = stage[0][1].keep
         if keep is not None:
-            goals = _goals(stage, since=stage[0][0], start=(1.0, 1.0), end=(keep.macs, keep.params))
+            shares = (keep.macs, keep.params, keep.bytes, keep.latency)
+            goals = _goals(stage, since=stage[0][0], start=(1.0,) * len(shares), end=shares)
         else:
             asked, rank, count = (recipe.target.macs, recipe.target.params), openly.index(stage), len(openly)
             before, after = (
@@ -144,7 +151,7 @@ def _with_goals(found: Sequence[Step | _Cut], recipe: Recipe) -> list[Step]:
             )
             goals = _goals(stage, since=None, start=before, end=after)
         for (index, _), goal in zip(stage, goals, strict=True):
-            steps[index] = replace(steps[index], goal=goal)
+            steps[index] = replace(steps[index], goal=replace(goal, latency_ms=keep.latency_ms if keep else None))
     return steps
 
 
@@ -155,7 +162,7 @@ def _goals(
     start: tuple[float | None, ...],
     end: tuple[float | None, ...],
 ) -> Iterator[Goal]:
-    """Yield the goals of a stage's steps, from one pair of shares (MACs, parameters) to another."""
+    """Yield the goals of a stage's steps, from some shares (of MACs, parameters, …) to others."""
     part = stage[0][1].step.part
     assert isinstance(part, Prune)
     parted = stage[0][1].step.piece is not None
@@ -167,6 +174,5 @@ def _goals(
             return [last] * len(stage)
         return [first * share for share in shares(part.schedule.kind, len(stage), last / first)]
 
-    macs, params = (shared(first, last) for first, last in zip(start, end, strict=True))
-    for each in zip(macs, params, strict=True):
+    for each in zip(*(shared(first, last) for first, last in zip(start, end, strict=True)), strict=True):
         yield Goal(since, *each)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -13,9 +13,10 @@ from slivo import tasks
 from slivo.errors import ArtifactError, RecipeError
 from slivo.graph import trace
 from slivo.prune import allocate, select
+from slivo.prune.options import MinWidth
 from slivo.recipe.load import Loaded
 from slivo.recipe.models import Origin, live, made, named
-from slivo.recipe.plan import Step, plan
+from slivo.recipe.plan import Goal, Step, plan
 from slivo.recipe.schema import Prune
 from slivo.recipe.stages import budget
 from slivo.tasks import Task
@@ -113,7 +114,19 @@ def _check_budget(steps: list[Step], teacher: nn.Module, student: nn.Module, tas
     for number, step in enumerate(cuts[: part.schedule.steps]):
         assert step.goal is not None
         base = whole if step.goal.since is None else graph
-        keep = budget(step.goal, {"macs": base.macs, "params": base.params})
-        # A share is of what the step before left; the least that several steps can leave is no less than this.
-        least = part.min_width if isinstance(part.min_width, int) else part.min_width ** (number + 1)
-        allocate(graph, scores, keep, scope="uniform", min_width=least, round_to=part.round_to)
+        goal = replace(step.goal, latency=None, latency_ms=None)  # which takes time to measure
+        if goal == Goal(goal.since, None, None):
+            return
+        keep = budget(goal, {"macs": base.macs, "params": base.params, "bytes": base.count_bytes({})})
+        allocate(graph, scores, keep, scope="uniform", min_width=_least(part, number), round_to=part.round_to)
+
+
+def _least(part: Prune, number: int) -> MinWidth:
+    """Return the least widths that several steps can leave: a share is of what the step before left."""
+
+    def one(width: float | int) -> float | int:
+        return width if isinstance(width, int) else width ** (number + 1)
+
+    if isinstance(part.min_width, dict):
+        return {glob: one(width) for glob, width in part.min_width.items()}
+    return one(part.min_width)

@@ -27,7 +27,7 @@ from slivo.recipe.load import Loaded
 from slivo.recipe.models import made
 from slivo.recipe.plan import Step
 from slivo.recipe.prepare import Job, prepare
-from slivo.recipe.stages import STAGES, Outcome, Work, measured
+from slivo.recipe.stages import STAGES, Outcome, Work, measured, since
 from slivo.recipe.watch import Watch
 from slivo.tasks import Task
 
@@ -177,6 +177,7 @@ class _Run:
         stages, whole = self.book["stages"], dict(before or {})
         if step.goal is not None and step.goal.since != index:
             whole = stages[0]["after"] if step.goal.since is None else stages[step.goal.since]["before"]
+            whole = {**whole, "latency": since(stages[step.goal.since or 0 :])}
         assert self.teacher is not None
         return Work(
             task=self.job.task,

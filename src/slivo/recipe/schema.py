@@ -13,6 +13,7 @@ _REFERENCE = "'package.module:callable' or the folder of an artifact"
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Width = Annotated[float, Field(ge=0, le=1)] | Annotated[int, Field(ge=0)]
 
 
 class Part(BaseModel):
@@ -73,10 +74,18 @@ class Distill(Fit):
 
 
 class Keep(Part):
-    """What may stay of the student, as shares of what it has when the stage starts."""
+    """What may stay of the student, as shares of what it has when the stage starts; all that are given are held.
+
+    Latency is measured at batch 1, in PyTorch, on the machine at hand.
+    """
 
     macs: Share | None = Field(default=None, description=SHARE)
     params: Share | None = Field(default=None, description=SHARE)
+    bytes: Share | None = Field(default=None, description=SHARE)
+    latency: Share | None = Field(default=None, description=SHARE)
+    latency_ms: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="milliseconds at batch 1, above 0, in place of latency"
+    )
 
 
 class Schedule(Part):
@@ -94,13 +103,15 @@ class Prune(Part):
         default="global", description="global, uniform or isomorphic"
     )
     keep: Keep | None = Field(
-        default=None, description="a mapping with macs or params, or left out for what the target asks"
+        default=None, description="a mapping with macs, params, bytes or latency; left out for what the target asks"
     )
     schedule: Schedule = Field(default=Schedule(), description="a mapping with kind and steps")
     recover: Distill | None = Field(default=None, description="a mapping as that of distill; trained after each step")
     only: list[str] = Field(default=[], description=_GLOBS)
     exclude: list[str] = Field(default=[], description=_GLOBS)
-    min_width: Annotated[float | int, Field(ge=0)] = Field(default=0.1, description="a share of an axis, or a count")
+    min_width: Width | dict[str, Width] = Field(
+        default=0.1, description="a share of an axis (0.1 is a tenth), a count, or a mapping of globs to these"
+    )
     round_to: Count = Field(default=1, description=_AT_LEAST_ONE)
     samples: Count = Field(default=512, description=_AT_LEAST_ONE)
 

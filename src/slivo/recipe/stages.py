@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from slivo.errors import SlivoError
 from slivo.export import onnx
 from slivo.graph import trace
 from slivo.graph.copies import duplicate
-from slivo.measure import cost, quality
+from slivo.measure import clock, cost, quality
 from slivo.prune import Budget, HoldMasks, criteria, permute, prune, select, sparsify, sparsity
+from slivo.prune.latency import compare
 from slivo.prune.sparse.masks import masked
 from slivo.quantize import quantize
 from slivo.recipe.plan import Goal, Piece, Step
@@ -112,10 +114,12 @@ def run_prune(work: Work, step: Step) -> Outcome:
         pieces = parted(step.piece, work.student, task, part.exclude)
         now = pieces[step.piece.index]
         only = [glob for piece in pieces[step.piece.index :] for glob in piece]
+    keep = budget(step.goal, work.whole)
+    timer = clock(tuple(_first(value) for value in task.example_inputs)) if keep.timed else None
     student = prune(
         work.student,
         task.example_inputs,
-        keep=budget(step.goal, work.whole),
+        keep=keep,
         criterion=part.criterion,
         scope=part.scope,
         only=only,
@@ -125,21 +129,39 @@ def run_prune(work: Work, step: Step) -> Outcome:
         round_to=part.round_to,
         batches=list(_samples(work, part.samples)) if needs else None,
         loss=(lambda model, batch: task.loss(forward(task, model, batch), batch)) if needs else None,
+        timer=timer,
     )
     cut = edits.record(student)[-1]
     axes = len(cut.axes) if isinstance(cut, edits.Cut) else 0
     details: Details = {"criterion": part.criterion, "scope": part.scope, "axes": axes}
+    if timer is not None:
+        details["latency"] = round(compare(timer, work.student, student).share, 4)
     if step.piece is not None:
         details["cut"] = now
     return Outcome(student, details, [])
 
 
 def budget(goal: Goal, whole: Costs) -> Budget:
-    """Return a goal as absolute counts, given the costs that it is a share of."""
-    return Budget(
-        macs=None if goal.macs is None else max(1, int(goal.macs * whole["macs"])),
-        params=None if goal.params is None else max(1, int(goal.params * whole["params"])),
-    )
+    """Return a goal as absolute counts, given the costs that it is a share of.
+
+    Latency stays a share, but of the student as it is: ``whole`` holds how many times slower it was (`since`).
+    """
+    counts = {
+        name: None if share is None else max(1, int(share * whole[name]))
+        for name, share in (("macs", goal.macs), ("params", goal.params), ("bytes", goal.bytes))
+    }
+    latency = None if goal.latency is None else min(1.0, goal.latency * whole.get("latency", 1.0))
+    return Budget(**counts, latency=latency, latency_ms=goal.latency_ms)
+
+
+def since(stages: Sequence[Mapping[str, Any]]) -> float:
+    """Return how many times slower the student was before stages that are done, as they measured it."""
+    return 1 / prod(float(stage["details"].get("latency", 1.0)) for stage in stages)
+
+
+def _first(value: Any) -> Any:
+    """Return the first sample of a batch."""
+    return value[:1] if isinstance(value, Tensor) and value.dim() else value
 
 
 def parted(piece: Piece, model: nn.Module, task: Task, exclude: Sequence[str]) -> list[list[str]]:
