@@ -14,6 +14,7 @@ import slivo
 from slivo import edits
 from slivo.edits.follow import follow
 from slivo.errors import SlivoError, TargetError
+from slivo.measure import cost
 from slivo.prune import Budget, iterate, steps
 
 X = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
@@ -30,6 +31,12 @@ def train(model, optimizer=None):
         optimizer.zero_grad()
         (model(X) - X[:, :2]).square().mean().backward()
         optimizer.step()
+
+
+def test_steps_end_at_the_bytes():
+    found = iterate(net(), X, keep=Budget(bytes=0.5), recover=lambda small: None, steps=3)
+    least, wider = (cost(net(width), X).size_bytes for width in (found.model[0].out_features + each for each in (0, 1)))
+    assert least <= cost(net(), X).size_bytes // 2 < wider
 
 
 @pytest.mark.parametrize(
@@ -186,6 +193,7 @@ def test_bad_input_is_told():
         (SlivoError, "it must return a new model", {"prune": lambda m, x, keep: m}),
         (TargetError, "keep is 0.5, no Budget", {"keep": 0.5}),
         (TargetError, "the budget cannot be met", {"keep": Budget(macs=0.01)}),
+        (TargetError, "a budget of latency has no steps", {"keep": Budget(latency=0.5)}),
     ):
         with pytest.raises(kind, match=told):
             run(**options)

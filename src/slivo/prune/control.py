@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from slivo.edits.follow import follow
 from slivo.errors import SlivoError, TargetError
 from slivo.graph import ExampleInputs, trace
-from slivo.prune.budget import Budget, check_budget
+from slivo.prune.budget import Budget, check_budget, count
 from slivo.prune.options import said
 from slivo.prune.schedule import Kind, share
 from slivo.prune.width import prune
@@ -81,7 +81,7 @@ def iterate(
     Args:
         model: The trained model; it is left untouched.
         example_inputs: As for `slivo.prune`.
-        keep: What may stay in the end, in MACs or parameters.
+        keep: What may stay in the end, in MACs, parameters or bytes.
         recover: Your own training: called with a model after each cut, and with an optimizer if there is one. Trains in
             place and returns nothing, or returns a model that takes the place.
         validate: Your own measure of a model, higher is better. Without ``max_drop`` it is only noted.
@@ -97,8 +97,7 @@ def iterate(
         The model with the record of all its cuts, and what was tried.
 
     Raises:
-        TargetError: If the budget cannot be met (told before anything is trained), or is neither of MACs nor of
-            parameters.
+        TargetError: If the budget cannot be met (told before anything is trained), or speaks of latency.
         SlivoError: If an argument is out of range, or a function of yours returns what it should not.
 
     Source: steps with recovery, Han, Pool, Tran, Dally 2015, arXiv:1506.02626; the control is ours.
@@ -156,21 +155,14 @@ def _check(recover: object, validate: object, max_drop: object, steps: object, h
 def _whole(model: nn.Module, example_inputs: ExampleInputs, keep: Budget) -> dict[str, int]:
     """Return what shares are shares of."""
     check_budget(keep)
-    others = [each.name for each in fields(keep) if each.name not in ("macs", "params") and getattr(keep, each.name)]
-    if others or (keep.macs is None and keep.params is None):
-        raise TargetError(f"a budget of {', '.join(others)} has no steps; give macs=… or params=…")
-    graph = trace(model, example_inputs)
-    return {"macs": graph.macs, "params": graph.params}
+    if keep.timed:
+        raise TargetError("a budget of latency has no steps; give macs=…, params=… or bytes=…")
+    return count(trace(model, example_inputs), {}, keep)
 
 
 def _shares(keep: Budget, whole: dict[str, int]) -> list[tuple[str, float]]:
     """Return what is to stay in the end as shares."""
-    limits = zip(("macs", "params"), (keep.macs, keep.params), strict=True)
-    return [
-        (name, min(1.0, float(limit) / max(1, whole[name]) if isinstance(limit, Integral) else float(limit)))
-        for name, limit in limits
-        if limit is not None
-    ]
+    return [(name, min(1.0, limit / max(1, whole[name]))) for name, limit in keep.limits(whole).items()]
 
 
 def _count(kind: Kind, time: float, keep: float, whole: int) -> int:
