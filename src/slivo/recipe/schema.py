@@ -113,6 +113,7 @@ class Prune(Part):
         default=0.1, description="a share of an axis (0.1 is a tenth), a count, or a mapping of globs to these"
     )
     round_to: Count = Field(default=1, description=_AT_LEAST_ONE)
+    refit: bool = Field(default=False, description="true to set what stays by least squares after each cut")
     samples: Count = Field(default=512, description=_AT_LEAST_ONE)
 
 

@@ -21,7 +21,7 @@ from slivo.export import onnx
 from slivo.graph import trace
 from slivo.graph.copies import duplicate
 from slivo.measure import clock, cost, quality
-from slivo.prune import Budget, HoldMasks, criteria, permute, prune, select, sparsify, sparsity
+from slivo.prune import Budget, HoldMasks, criteria, permute, prune, refit, select, sparsify, sparsity
 from slivo.prune.latency import compare
 from slivo.prune.sparse.masks import masked
 from slivo.quantize import quantize
@@ -134,6 +134,9 @@ def run_prune(work: Work, step: Step) -> Outcome:
     cut = edits.record(student)[-1]
     axes = len(cut.axes) if isinstance(cut, edits.Cut) else 0
     details: Details = {"criterion": part.criterion, "scope": part.scope, "axes": axes}
+    if part.refit:
+        student = refit(student, work.student, [task.inputs(batch) for batch in _samples(work, part.samples)])
+        details["refit"] = True
     if timer is not None:
         details["latency"] = round(compare(timer, work.student, student).share, 4)
     if step.piece is not None:
