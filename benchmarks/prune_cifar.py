@@ -223,6 +223,7 @@ def cut_by_peer(setting: Setting) -> tuple[nn.Module, Row]:
         for each in attention:
             each.num_heads = pruner.num_heads[each.qkv]
             each.head_dim = each.qkv.out_features // (3 * each.num_heads)
+            each.attn_dim = each.num_heads * each.head_dim
         return model
 
     # It takes a share of the channels, and no MACs: the smallest share that saves enough is searched for.
