@@ -47,7 +47,9 @@ class Network:
     Attributes:
         make: Makes it, untrained.
         dense: How it is trained first; None if its weights are given.
-        tuning: How it is trained after the cut.
+        tuning: How it is trained after the cut, by either tool.
+        distilling: How it is trained with slivo and the dense model as teacher.
+        hints: Globs of modules whose outputs are to be the teacher's, then.
         prune: Options of `slivo.prune`.
         fixed: Which modules the peer is told to leave as they are.
     """
@@ -55,6 +57,8 @@ class Network:
     make: Callable[[], nn.Module]
     dense: OptimizerSpec | None
     tuning: OptimizerSpec
+    distilling: OptimizerSpec
+    hints: Sequence[str]
     prune: Mapping[str, Any]
     fixed: Callable[[nn.Module], list[nn.Module]]
 
@@ -89,17 +93,15 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return [each for each in model.modules() if isinstance(each, nn.Linear) and each.out_features == 10]
 
 
-SGD = OptimizerSpec(lr=0.05)
+SGD, GENTLE = OptimizerSpec(lr=0.05), OptimizerSpec(lr=0.02)
+STAGES = ("layer1", "layer2", "layer3")
+ADAM = OptimizerSpec("adamw", lr=5e-4, weight_decay=0.05)
+INNER = {"criterion": "surgeon", "only": ["layer*.conv1"]}
+ISOMORPHIC = {"criterion": "taylor", "scope": "isomorphic"}
 NETWORKS = {
-    "resnet56": Network(_resnet56, None, SGD, {"criterion": "surgeon", "only": ["layer*.conv1"]}, _outside_blocks),
-    "mobilenet-v2": Network(_mobilenet_v2, OptimizerSpec(lr=0.1), SGD, {"criterion": "surgeon"}, _heads),
-    "vit-tiny": Network(
-        _vit_tiny,
-        OptimizerSpec("adamw", lr=1e-3, weight_decay=0.05),
-        OptimizerSpec("adamw", lr=5e-4, weight_decay=0.05),
-        {"criterion": "taylor", "scope": "isomorphic"},
-        _heads,
-    ),
+    "resnet56": Network(_resnet56, None, SGD, GENTLE, STAGES, INNER, _outside_blocks),
+    "mobilenet-v2": Network(_mobilenet_v2, OptimizerSpec(lr=0.1), SGD, GENTLE, (), {"criterion": "surgeon"}, _heads),
+    "vit-tiny": Network(_vit_tiny, replace(ADAM, lr=1e-3), ADAM, ADAM, (), ISOMORPHIC, _heads),
 }
 
 
@@ -127,16 +129,21 @@ class Setting:
         return x.contiguous(memory_format=torch.channels_last), self.train[1][chosen]
 
 
-def tune(setting: Setting, model: nn.Module, *, kd: bool, checkpoint: Path | None) -> list[dict[str, Any]]:
-    """Train a model in place: the same for every method, with the dense model as teacher or without."""
-    options, spec = setting.options, setting.network.tuning
+def tune(setting: Setting, model: nn.Module, method: str, checkpoint: Path | None) -> list[dict[str, Any]]:
+    """Train a model in place: by labels alone the same for both tools; else with the dense model as teacher, too.
+
+    The peer has no distillation: it is given the usual one, on logits, and the rest as without.
+    """
+    options, network = setting.options, setting.network
+    spec = network.distilling if method == "slivo+kd" else network.tuning
     loader = batches(setting.train, BATCH)
     objective: Any = labels
     extra: list[nn.Parameter] = []
-    if kd:
+    if method.endswith("+kd"):
         teacher = copy.deepcopy(setting.model).to(memory_format=torch.channels_last)
+        hints = options.hint if options.hint is not None else network.hints if method == "slivo+kd" else ()
         terms = [slivo.losses.kd(temperature=options.temperature, weight=options.kd_weight)]
-        terms += [slivo.losses.hint(at=place, weight=options.hint_weight) for place in options.hint]
+        terms += [slivo.losses.hint(at=place, weight=options.hint_weight) for place in hints]
         objective = distillation(teacher, forward, loss, terms, label_weight=1 - options.kd_weight)
         extra = objective.prepare(model, normalized(setting.train, 2), seed=setting.seed).parameters()
     return fit(
@@ -246,8 +253,7 @@ def measure(setting: Setting, method: str) -> Row:
     file = setting.file(f"{method}.json")
     if file is not None and file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
-    tool, _, kd = method.partition("+")
-    small, found = cut_by_slivo(setting) if tool == "slivo" else cut_by_peer(setting)
+    small, found = cut_by_slivo(setting) if method.startswith("slivo") else cut_by_peer(setting)
     x = setting.test[0][:1].float()
     before, after = cost(setting.model, x), cost(small, x)
     row: Row = {"method": method, "seed": setting.seed, "faster": before.macs / after.macs, **found}
@@ -255,7 +261,7 @@ def measure(setting: Setting, method: str) -> Row:
     shown = {name: f"{row[name]:.2%}" for name in COLUMNS if name in row}
     print(f"  {method}, seed {setting.seed}, {row['faster']:.3f} x: {shown}", flush=True)
     if setting.options.epochs:
-        row["history"] = tune(setting, small, kd=kd == "kd", checkpoint=setting.file(f"{method}.ckpt"))
+        row["history"] = tune(setting, small, method, setting.file(f"{method}.ckpt"))
         row["seconds to tune"] = sum(epoch["seconds"] for epoch in row["history"])
         row["tuned"] = accuracy(small, setting.test)
     if file is not None:
@@ -315,8 +321,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, help="peak learning rate after the cut")
     parser.add_argument("--temperature", type=float, default=4.0)
     parser.add_argument("--kd-weight", type=float, default=0.9, help="of the teacher's word; labels have the rest")
-    parser.add_argument("--hint", nargs="*", default=[], help="globs of modules whose outputs are to be the teacher's")
-    parser.add_argument("--hint-weight", type=float, default=1.0)
+    parser.add_argument("--hint", nargs="*", help="globs of modules whose outputs are to be the teacher's")
+    parser.add_argument("--hint-weight", type=float, default=16.0)
     parser.add_argument("--ridge", type=float, default=1e-3)
     for name in ("criterion", "scope"):
         parser.add_argument(f"--{name}", help="of slivo's cut, in place of the network's own")
