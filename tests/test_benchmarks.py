@@ -1,11 +1,19 @@
-"""The fast slice of the coverage benchmark: all small networks of it, each in a process of its own, pass all checks."""
+"""Fast slices of the benchmarks: small networks pass the checks of coverage; a comparison of pruned networks runs."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,3 +37,65 @@ def test_a_glob_that_matches_nothing_says_what_there_is() -> None:
     found = coverage("--only", "smal/*")
     assert found.returncode == 1
     assert "no network matches smal/*; there are " in found.stderr
+
+
+class Small(nn.Module):
+    """Two convolutions, in place of the network that is measured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, 4), nn.Conv2d(8, 4, 3, 2)
+        self.linear = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv2(self.conv1(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield importlib.import_module("cifar"), importlib.import_module("prune_cifar")
+    for name in ("cifar", "prune_cifar"):
+        sys.modules.pop(name)
+
+
+def test_crops_are_windows_of_the_image_in_a_black_margin(scripts: tuple[Any, Any]) -> None:
+    cifar, _ = scripts
+    images = torch.arange(1, 3 * 32 * 32 + 1).reshape(1, 3, 32, 32), torch.tensor([7])
+    wide = nn.functional.pad(images[0], (cifar.MARGIN,) * 4)
+    torch.manual_seed(0)
+    x, labels = cifar.Crops(images).__getitems__([0] * 40)
+    found = (x * cifar.DEVIATION[:, None, None] + cifar.MEAN[:, None, None]) * 255
+    views = {
+        (flipped, row, column): (wide.flip(3) if flipped else wide)[0, :, row : row + 32, column : column + 32]
+        for flipped in (False, True)
+        for row in range(9)
+        for column in range(9)
+    }
+    places = [[at for at, view in views.items() if torch.allclose(view.float(), one, atol=0.01)] for one in found]
+    assert all(len(each) == 1 for each in places)
+    assert len({each[0] for each in places}) > 20
+    assert labels.tolist() == [7] * 40
+
+
+def test_a_comparison_runs_and_goes_on_from_its_folder(
+    scripts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, script = scripts
+    torch.manual_seed(0)
+    model, images = Small().eval(), (torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (64,)))
+    monkeypatch.setattr(script, "decode", lambda folder, split: images)
+    monkeypatch.setattr(script, "resnet56", lambda folder: model)
+    network = replace(script.NETWORKS["resnet56"], make=Small, prune={"criterion": "surgeon"})
+    monkeypatch.setitem(script.NETWORKS, "resnet56", network)
+    file = tmp_path / "rows.json"
+    arguments = ["prune_cifar.py", "--data", "nowhere", "--epochs", "1", "--faster", "1.5", "--hint", "conv2"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--checkpoint", str(tmp_path / "runs"), "--json", str(file)])
+    script.main()
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["method"] for row in rows] == ["slivo", "slivo+kd"]
+    assert all(row["faster"] >= 1.5 and 0 <= row["tuned"] <= 1 for row in rows)
+    assert "epoch 1" in capsys.readouterr().out
+    script.main()
+    assert json.loads(file.read_text(encoding="utf-8"))["rows"] == rows
+    assert "epoch 1" not in capsys.readouterr().out

@@ -12,6 +12,7 @@ from slivo.prune.sparse.hold import hold
 from slivo.prune.sparse.hooks import GradualSparsity, HoldMasks, SparsityBand
 from slivo.prune.sparse.masks import sparsify, sparsity
 from slivo.prune.sparse.permute import permute
+from slivo.prune.surgeon import surgeon
 from slivo.prune.vocabulary import keep_tokens
 from slivo.prune.width import cut, plan, prune, select
 
@@ -41,4 +42,5 @@ __all__ = [
     "sparsify",
     "sparsity",
     "steps",
+    "surgeon",
 ]
