@@ -391,3 +391,15 @@ def test_half_precision_does_not_overflow():
     with Watch(dict(layer.named_parameters()), means, spread=True) as watch:
         layer(x)
     assert watch.found["weight[1]"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("which", DATA)
+def test_models_that_lie_channels_last_score_the_same(which):
+    torch.manual_seed(0)
+    model, x = Images().double(), torch.randn(4, 2, 8, 8, dtype=torch.float64)
+    batches = [(x, torch.arange(4) % 2)]
+    plain = scores(model, x, which, batches=batches, loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]))
+    model.to(memory_format=torch.channels_last)
+    found = scores(model, x, which, batches=batches, loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]))
+    assert plain
+    assert all(np.allclose(found[name], plain[name], rtol=1e-6) for name in plain)

@@ -57,12 +57,34 @@ def test_convolutions_are_channels_last_meanwhile_and_keep_their_values():
     )
     weights = list(model.parameters())
     before = [(weight.detach().clone(), weight.stride()) for weight in weights]
-    with precision.layout(model, CPU, "fp32"):
+    with precision.layout(model, CPU, "fp32", lambda: None):
         assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in model[:2])
     after = list(model.parameters())
     assert all(now is weight for now, weight in zip(after, weights, strict=True))
     for now, (value, stride) in zip(after, before, strict=True):
         assert torch.equal(now, value)
         assert now.stride() == stride
-    with precision.layout(model, torch.device("cuda"), "fp32"):
+    with precision.layout(model, torch.device("cuda"), "fp32", lambda: None):
         assert model[0].weight.is_contiguous()
+
+
+class Viewing(nn.Module):
+    """Reads activations as they lie in memory, as much code does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4 * 6 * 6, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head(x.view(len(x), -1))
+
+
+def test_code_that_reads_memory_as_it_lies_is_trained():
+    torch.manual_seed(0)
+    model = Viewing().train()
+    before = model.conv.weight.detach().clone()
+    batches = DataLoader(TensorDataset(torch.randn(8, 2, 8, 8), torch.arange(8) % 3), batch_size=4)
+    fit(model, batches, lambda net, batch: {"ce": nn.functional.cross_entropy(net(batch[0]), batch[1])}, epochs=1)
+    assert model.conv.weight.is_contiguous()
+    assert not torch.equal(model.conv.weight, before)

@@ -102,7 +102,7 @@ def runs_of(
         )
     # A copy, because parameters may be frozen and gradients may be in use.
     with torch.inference_mode(False):
-        twin = duplicate(model).requires_grad_(True)
+        twin = readers.lay_out_(duplicate(model).requires_grad_(True))
     every = dict(twin.named_parameters(remove_duplicate=False))
     weights = {name: every[name] for name in used}
     with evaluating(twin):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,6 +59,17 @@ def means(activations: Tensor) -> Tensor:
 def grams(activations: Tensor) -> Tensor:
     """Products of all columns with one another, summed over the rows."""
     return activations.mT @ activations
+
+
+def lay_out_(model: nn.Module) -> nn.Module:
+    """Have the parameters of a copy lie in memory as usual, those of channels-last models too: `Watch` finds no others.
+
+    Returns:
+        The model.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    return model
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

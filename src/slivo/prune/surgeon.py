@@ -22,7 +22,7 @@ from slivo.prune import readers, runs
 from slivo.prune.budget import Budget, allocate, check_budget
 from slivo.prune.options import MinWidth, check_batches, check_widths
 from slivo.prune.plans import Plan
-from slivo.prune.readers import Reader, Watch, aten, grams, key, squares
+from slivo.prune.readers import Reader, Watch, aten, grams, key, lay_out_, squares
 from slivo.prune.width import select
 
 _log = logging.getLogger("slivo")
@@ -203,8 +203,8 @@ class _Gradients(Watch):  # type: ignore[no-untyped-call]
 def _judged(model: nn.Module, axes: Sequence[Axis], batches: Iterable[Any]) -> dict[str, list[Judged]]:
     """Run the batches forward and back; return what reads each axis, of the axes that anything reads."""
     with torch.inference_mode(False):
-        twin = duplicate(model).requires_grad_(True)
-        weights = {name: _laid_out(parameter) for name, parameter in twin.named_parameters(remove_duplicate=False)}
+        twin = lay_out_(duplicate(model).requires_grad_(True))
+        weights = dict(twin.named_parameters(remove_duplicate=False))
     reading = {axis.name: [member for member in axis.members if member.reads] for axis in axes}
     seen = Watch(weights, grams, spread=False)
     felt, flowed = _Gradients(weights, squares, spread=False), _Gradients(weights, _counts, spread=False)
@@ -233,12 +233,6 @@ def _judged(model: nn.Module, axes: Sequence[Axis], batches: Iterable[Any]) -> d
                 repeats = reader.weights.shape[-1] // len(each)
                 found.setdefault(name, []).append(Judged(reader, each.repeat_interleave(repeats)))
     return found
-
-
-def _laid_out(parameter: nn.Parameter) -> nn.Parameter:
-    """Have a copy's parameter in the usual layout: the watch finds no other."""
-    parameter.data = parameter.data.contiguous()
-    return parameter
 
 
 def _counts(gradients: Tensor) -> Tensor:

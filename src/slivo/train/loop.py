@@ -112,7 +112,8 @@ def fit(
             "precision": chosen,
             "optimizer": asdict(optimizer),
         }
-        with layout(model, device, chosen), _accelerator(device, chosen) as accelerator:
+        laid_out = layout(model, device, chosen, lambda: _sample(plan, model, device))
+        with laid_out, _accelerator(device, chosen) as accelerator:
             made, scheduler = build(optimizer, [*model.parameters(), *plan.extra], epochs * plan.steps)
             state = TrainState(model, made, scheduler, epochs=epochs, total_steps=epochs * plan.steps)
             if checkpoint is not None and stored is not None:
@@ -157,8 +158,13 @@ def _precision(
     if stored is not None:
         chosen: Literal["fp32", "bf16"] = stored["training"]["precision"]
         return chosen
+    return choose(model, device, lambda: _sample(plan, model, device))
+
+
+def _sample(plan: _Plan, model: nn.Module, device: torch.device) -> Mapping[str, Tensor]:
+    """Run one batch, to see what the model does; not the training's first, whose randomness is its own."""
     _seed(plan.seed, 0, plan.batches)
-    return choose(model, device, lambda: plan.objective(model, send_to_device(next(iter(plan.batches)), device)))
+    return plan.objective(model, send_to_device(next(iter(plan.batches)), device))
 
 
 def _epoch(state: TrainState, plan: _Plan, accelerator: Accelerator) -> dict[str, Any]:

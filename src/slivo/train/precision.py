@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -41,16 +41,21 @@ def choose(model: nn.Module, device: torch.device, run: Callable[[], object]) ->
 
 
 @contextmanager
-def layout(model: nn.Module, device: torch.device, precision: Literal["fp32", "bf16"]) -> Iterator[None]:
+def layout(
+    model: nn.Module, device: torch.device, precision: Literal["fp32", "bf16"], run: Callable[[], object]
+) -> Iterator[None]:
     """Hold the weights of 2-D convolutions channels-last meanwhile, where that is faster; all that follows them is.
 
     On CPUs it always is (an eighth of a training step of `slivo.zoo.small_cnn`, on 8x8 and on 32x32), on GPUs with
-    the tensor cores that bf16 runs on.
+    the tensor cores that bf16 runs on. Code that relies on how activations lie in memory (``x.view(len(x), -1)`` behind
+    a convolution) fails then; weights stay as they are if it does.
 
     Args:
         model: The model; weights that were laid out as usual are so again afterwards.
         device: Where it trains.
         precision: What it trains in.
+        run: Runs one batch through the model; called once if weights have been moved, in evaluation mode and without
+            gradients.
     """
     moved: list[nn.Parameter] = []
     if device.type == "cpu" or precision == "bf16":
@@ -60,10 +65,39 @@ def layout(model: nn.Module, device: torch.device, precision: Literal["fp32", "b
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
                 moved.append(weight)
     try:
+        if moved and not _runs(model, run):
+            _lay_back(moved)
+            moved = []
         yield
     finally:
-        for parameter in moved:
-            parameter.data = parameter.data.contiguous()
+        _lay_back(moved)
+
+
+def _runs(model: nn.Module, run: Callable[[], object]) -> bool:
+    with _trying(model):
+        try:
+            run()
+        except RuntimeError:  # the training will say what is wrong, if it is something else
+            return False
+    return True
+
+
+def _lay_back(moved: Iterable[nn.Parameter]) -> None:
+    for parameter in moved:
+        parameter.data = parameter.data.contiguous()
+
+
+@contextmanager
+def _trying(model: nn.Module) -> Iterator[None]:
+    """Have a model evaluate without gradients, and be in the modes from before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -92,15 +126,11 @@ def convolution_macs(model: nn.Module, run: Callable[[], object]) -> int:
         weight: Tensor = module.weight  # type: ignore[assignment]
         counts.append(output.numel() * weight[0].numel())
 
-    modes = [(module, module.training) for module in model.modules()]
     handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, CONVOLUTIONS)]
     try:
-        model.eval()
-        with torch.no_grad():
+        with _trying(model):
             run()
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return sum(counts)
