@@ -14,18 +14,17 @@ import json
 import platform
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from pressure_digits import train
 from slivo.measure import quality
 from slivo.measure.latency import latency
 from slivo.prune import GradualSparsity, HoldMasks, permute, sparsify
 from slivo.prune.criterion import criterion
 from slivo.tasks import Task, forward, loader
 from slivo.tasks.digits import digits
-from slivo.train import Hook, OptimizerSpec, fit
 from slivo.zoo import small_cnn
 
 
@@ -71,7 +70,7 @@ def one(task: Task, seed: int, options: argparse.Namespace) -> dict[str, list[fl
     """Measure one training's network."""
     torch.manual_seed(seed)
     model = small_cnn(width=16)
-    train(model, task, options.epochs, seed, rate=0.1)
+    train(model, task, options.epochs, 0.1, seed)
     found = {"dense": [accuracy(model, task)]}
     for part in options.only:
         found |= PARTS[part](model, task, seed, options.epochs)
@@ -103,9 +102,9 @@ def trained(model: nn.Module, task: Task, seed: int, epochs: int) -> dict[str, l
     for share in (0.9, 0.97):
         sparse, chance = sparsify(model, sparsity=share), sparsify(model, sparsity=share, criterion="random")
         slow = sparsify(model, sparsity=0.0)
-        train(sparse, task, epochs, seed, HoldMasks())
-        train(slow, task, epochs, seed, GradualSparsity(share))
-        train(chance, task, epochs, seed, HoldMasks())
+        train(sparse, task, epochs, 0.02, seed, [HoldMasks()])
+        train(slow, task, epochs, 0.02, seed, [GradualSparsity(share)])
+        train(chance, task, epochs, 0.02, seed, [HoldMasks()])
         found[f"{share} zeros trained: at once, gradual, random"] = [
             accuracy(net, task) for net in (sparse, slow, chance)
         ]
@@ -148,16 +147,6 @@ def magnitude(model: nn.Module) -> float:
 def accuracy(model: nn.Module, task: Task) -> float:
     """Share of the test images that are right."""
     return quality(model, task, "test")["accuracy"]
-
-
-def train(model: nn.Module, task: Task, epochs: int, seed: int, *hooks: Hook, rate: float = 0.02) -> None:
-    """Train in place, by labels."""
-
-    def objective(net: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        return {"labels": task.loss(forward(task, net, batch), batch)}
-
-    data = loader(task, "train", batch_size=64, seed=seed)
-    fit(model, data, objective, epochs=epochs, optimizer=OptimizerSpec(lr=rate), hooks=hooks, seed=seed)
 
 
 PARTS = {"choices": choices, "trained": trained, "patterns": groups, "times": times}

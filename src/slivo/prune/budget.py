@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from numbers import Integral, Real
+from numbers import Integral
 
 from slivo.errors import TargetError
 from slivo.graph import Graph
-from slivo.prune.options import MinWidth, said
+from slivo.prune.options import MinWidth, is_number, said
 from slivo.prune.ranks import Group, Scope, Scores, gone_of, rank, removals
 
 COUNTED = {"macs": "MACs", "params": "parameters", "bytes": "bytes"}
@@ -58,15 +58,15 @@ class Budget:
             raise TargetError("a budget has latency, a share, and latency_ms, milliseconds; give one of them")
         for name, value in given.items():
             if name == "latency_ms":
-                if not _is_number(value) or not isfinite(value) or value <= 0:
+                if not is_number(value) or not isfinite(value) or value <= 0:
                     raise TargetError(f"budget latency_ms is {said(value)}; milliseconds, a number above 0")
             elif name == "latency":
-                if not _is_number(value) or isinstance(value, Integral) or not 0 < value <= 1:
+                if not is_number(value) or isinstance(value, Integral) or not 0 < value <= 1:
                     raise TargetError(
                         f"budget latency is {said(value)}; a share above 0 and up to 1.0 (0.5 halves the time), or "
                         "milliseconds as latency_ms=…"
                     )
-            elif not _is_number(value) or not (0 < value <= 1 or (value > 0 and isinstance(value, Integral))):
+            elif not is_number(value) or not (0 < value <= 1 or (value > 0 and isinstance(value, Integral))):
                 raise TargetError(
                     f"budget {name} is {said(value)}; a share above 0 and up to 1.0 (0.5 keeps half) or a count, an int"
                 )
@@ -114,11 +114,6 @@ def check_budget(keep: object) -> None:
     if not isinstance(keep, Budget):
         share = keep if isinstance(keep, float) and 0 < keep <= 1 else 0.5
         raise TargetError(f"keep is {said(keep)}, no Budget; say what may stay of what: keep=Budget(macs={share})")
-
-
-def _is_number(value: object) -> bool:
-    """Tell numbers, numpy's included, from what is none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def allocate(

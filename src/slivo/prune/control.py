@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -15,7 +14,7 @@ from slivo.edits.follow import follow
 from slivo.errors import SlivoError, TargetError
 from slivo.graph import ExampleInputs, trace
 from slivo.prune.budget import Budget, check_budget, count
-from slivo.prune.options import said
+from slivo.prune.options import is_count, is_number, said
 from slivo.prune.schedule import Kind, share
 from slivo.prune.width import prune
 
@@ -143,12 +142,12 @@ def _check(recover: object, validate: object, max_drop: object, steps: object, h
         if not callable(value) and not (what == "validate" and value is None):
             raise SlivoError(f"{what} is {said(value)}; give a function that is called with a model")
     if max_drop is not None:
-        if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= float(max_drop) < math.inf:
+        if not is_number(max_drop) or not 0 <= max_drop < math.inf:
             raise SlivoError(f"max_drop is {said(max_drop)}; 0 or more, in the unit of the score")
         if validate is None:
             raise SlivoError("max_drop says how much the score may fall; give validate=…, which tells the score")
     for what, value, least in (("steps", steps, 1), ("halvings", halvings, 0)):
-        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        if not is_count(value, least=least):
             raise SlivoError(f"{what} is {said(value)}; an int of at least {least}")
 
 

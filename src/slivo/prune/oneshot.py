@@ -18,11 +18,11 @@ from slivo.graph import Call
 from slivo.graph.capture import check_runs, trying
 from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
-from slivo.graph.inputs import as_args, fresh
+from slivo.graph.inputs import fresh
 from slivo.prune import layerwise
 from slivo.prune.blockwise import Replay, part_of, repeated, running, survey
 from slivo.prune.layerwise import Zeros
-from slivo.prune.options import check_batches, listed, said
+from slivo.prune.options import calls_of, listed, matches, said
 from slivo.prune.readers import Watch, grams, key, squares
 from slivo.train.progress import Report
 
@@ -129,10 +129,7 @@ def one_shot(
         [0.5, 0.5, 0.0]
     """
     rule = _rule(method, sparsity, pattern, damping, columns)
-    check_batches(batches)
-    calls = [Call(*as_args(batch)) for batch in batches]
-    if not calls:
-        raise SlivoError("there are no batches; give at least one, as batches=[inputs]")
+    calls = calls_of(batches)
     check_runs(model, calls[0])
     check_values(model)
     with torch.inference_mode(False):
@@ -191,7 +188,7 @@ def _chosen(
     there = {name: part for name, part in weights.items() if part is not None}
     _check_globs((*only, *exclude), list(there), "weight in the blocks" if parts else "weight")
     left = {
-        name: part for name, part in there.items() if (not only or _matches(name, only)) and not _matches(name, exclude)
+        name: part for name, part in there.items() if (not only or _meant(name, only)) and not _meant(name, exclude)
     }
     if not left:
         raise SlivoError(
@@ -201,13 +198,13 @@ def _chosen(
     return left
 
 
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, glob) or fnmatchcase(name, f"{glob}.*") for glob in globs)
+def _meant(name: str, globs: Iterable[str]) -> bool:
+    return any(matches(glob, [name]) for glob in globs)
 
 
 def _check_globs(globs: Iterable[str], names: Sequence[str], what: str) -> None:
     for glob in globs:
-        if not any(_matches(name, [glob]) for name in names):
+        if not matches(glob, names):
             raise SlivoError(f"{glob!r} matches no {what}; there are {_few(names) or 'none'}")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from numbers import Integral
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
 from slivo.errors import SlivoError, TargetError
-from slivo.graph import Axis
+from slivo.graph import Axis, Call, as_args
 
 MinWidth = float | int | Mapping[str, float | int]
 """Least size of axes: a share or a count for all, or for each glob over axis names and module paths its own."""
@@ -24,6 +25,39 @@ def said(value: object) -> str:
     """
     written = repr(value)
     return written if len(written) <= 40 else f"of type {type(value).__name__}"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Tell numbers, numpy's included, from what is none; truth values are none.
+
+    Example:
+        >>> is_number(0.5), is_number(True), is_number("1")
+        (True, False, False)
+    """
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_count(value: object, *, least: int = 0) -> bool:
+    """Tell whole numbers of at least so much from what is none.
+
+    Example:
+        >>> is_count(2), is_count(0, least=1), is_count(2.0)
+        (True, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def calls_of(batches: Iterable[Any]) -> list[Call]:
+    """Return batches as calls of a model.
+
+    Raises:
+        SlivoError: If they are one batch, or none.
+    """
+    check_batches(batches)
+    calls = [Call(*as_args(batch)) for batch in batches]
+    if not calls:
+        raise SlivoError("there are no batches; give at least one, as batches=[inputs]")
+    return calls
 
 
 def check_batches(batches: object) -> None:
@@ -42,14 +76,13 @@ def check_widths(min_width: object, round_to: object) -> None:
     Raises:
         TargetError: If any is not.
     """
-    if isinstance(round_to, bool) or not isinstance(round_to, Integral) or int(round_to) < 1:
+    if not is_count(round_to, least=1):
         raise TargetError(f"round_to is {said(round_to)}; an int of at least 1 (8 makes widths multiples of 8)")
     widths = min_width if isinstance(min_width, Mapping) else {"": min_width}
     for glob, width in widths.items():
         if not isinstance(glob, str):
             raise TargetError(f"min_width has the key {said(glob)}; a glob, as min_width={{'layer1.*': 0.5, '*': 0.1}}")
-        count = isinstance(width, Integral) and not isinstance(width, bool) and int(width) >= 0
-        if not count and not (isinstance(width, float) and 0 <= width <= 1):
+        if not is_count(width) and not (isinstance(width, float) and 0 <= width <= 1):
             of = f" of {glob!r}" if isinstance(min_width, Mapping) else ""
             raise TargetError(
                 f"min_width{of} is {said(width)}; a share from 0.0 to 1.0 (0.1 is a tenth) or a count, an int"

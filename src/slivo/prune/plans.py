@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from slivo import files
 from slivo.errors import ArtifactError, ShapeError
-from slivo.graph import Graph
+from slivo.graph import Axis, Graph
 
 FORMAT = 1
 """Version of the file; a reader refuses any other."""
@@ -55,6 +55,15 @@ class Plan:
                     f"axis {name!r} has {size} positions; a plan keeps one or more of them, each once and ascending, "
                     f"not {list(kept)[:8]}"
                 )
+
+    @classmethod
+    def of(cls, axes: Iterable[Axis], kept: Mapping[str, Sequence[int]]) -> Self:
+        """Return the plan for some axes; those of which nothing is said stay whole."""
+        axes = list(axes)
+        return cls(
+            {axis.name: axis.size for axis in axes},
+            {axis.name: tuple(kept.get(axis.name, range(axis.size))) for axis in axes},
+        )
 
     @property
     def cuts(self) -> dict[str, tuple[int, ...]]:

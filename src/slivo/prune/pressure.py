@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from slivo.errors import SlivoError
 from slivo.graph import Graph
 from slivo.prune.groups import Rows, add_, held, products, rows_of, scale_
 from slivo.prune.invariance import counted
-from slivo.prune.options import said
+from slivo.prune.options import is_count, said
 from slivo.prune.plans import Plan
 from slivo.prune.watch import NORMS
 from slivo.prune.width import select
@@ -367,7 +367,7 @@ def _matrices(model: nn.Module) -> list[Tensor]:
 
 def _check_steps(steps: object) -> None:
     share = isinstance(steps, float) and 0 < steps <= 1
-    if not share and (isinstance(steps, bool) or not isinstance(steps, Integral) or int(steps) < 0):
+    if not share and not is_count(steps):
         raise SlivoError(f"steps is {said(steps)}; a share of the training (0.5), or a number of steps, an int")
 
 

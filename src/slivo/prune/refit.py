@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from slivo import edits
 from slivo.errors import SlivoError
-from slivo.graph import Call, as_args
+from slivo.graph import Call
 from slivo.graph.capture import canonical_names, evaluating, trying
 from slivo.graph.copies import duplicate
-from slivo.prune.options import check_batches, said
+from slivo.prune.options import calls_of, said
 from slivo.prune.watch import LAYERS, NORMS, End, Pass, watch
 
 _log = logging.getLogger("slivo")
@@ -83,7 +83,7 @@ def refit(small: nn.Module, model: nn.Module, batches: Iterable[Any], *, ridge: 
         >>> torch.allclose(mended(x), net(x)), torch.allclose(small(x), net(x))
         (True, False)
     """
-    calls = _calls(batches)
+    calls = calls_of(batches)
     if isinstance(ridge, bool) or not isinstance(ridge, Real) or not 0 < ridge < math.inf:
         raise SlivoError(f"ridge is {said(ridge)}; a positive number, 1e-3 for a few hundred samples")
     slices = _slices(small, model)
@@ -117,7 +117,7 @@ def reestimate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     Raises:
         SlivoError: If there are no batches.
     """
-    calls = _calls(batches)
+    calls = calls_of(batches)
     with torch.inference_mode(False):
         new = duplicate(model)
         norms = [each for each in new.modules() if isinstance(each, NORMS) and each.running_mean is not None]
@@ -132,14 +132,6 @@ def reestimate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
     return new
-
-
-def _calls(batches: Iterable[Any]) -> list[Call]:
-    check_batches(batches)
-    calls = [Call(*as_args(batch)) for batch in batches]
-    if not calls:
-        raise SlivoError("there are no batches; give at least one, as batches=[images]")
-    return calls
 
 
 def _slices(small: nn.Module, model: nn.Module) -> dict[str, dict[int, list[int]]]:

@@ -96,7 +96,7 @@ def masked(
     """Yield for each batch the output's distribution, and for each axis those with one position masked at a time."""
     for batch in batches:
         with torch.inference_mode(False), torch.no_grad():
-            whole = _distribution(_forward(model, batch, loss), torch.float64)
+            whole = distribution(_forward(model, batch, loss), torch.float64)
         # Of each axis one after the other, because all at once might not fit.
         without: dict[str, Any] = {
             name: _without(model, weights, chosen, batch, loss) for name, chosen in members.items()
@@ -115,7 +115,7 @@ def _without(
                 for member in chosen:
                     index = torch.from_numpy(member.index[position]).to(weights[member.tensor].device)
                     weights[member.tensor].index_fill_(member.dim, index, 0)
-                masked = _distribution(_forward(model, batch, loss), torch.float64)
+                masked = distribution(_forward(model, batch, loss), torch.float64)
             finally:
                 for weight, value in kept:
                     weight.copy_(value)
@@ -156,7 +156,7 @@ def drawn(
     generator = torch.Generator().manual_seed(0)
     for batch in batches:
         with torch.inference_mode(False), torch.enable_grad():
-            log = _distribution(_forward(model, batch, loss))
+            log = distribution(_forward(model, batch, loss))
             chances = log.detach().exp().double().cpu().flatten(0, -2)
             for _ in range(_DRAWS):
                 labels = torch.multinomial(chances, 1, generator=generator).to(log.device)
@@ -186,7 +186,7 @@ def _forward(model: nn.Module, batch: Any, loss: Loss | None) -> Any:
     return outputs[-1]
 
 
-def _distribution(output: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+def distribution(output: Any, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return logarithms of the classes' chances, classes last; of the first output that depends on the weights."""
 
     def learned(logits: Tensor) -> bool:

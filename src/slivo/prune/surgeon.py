@@ -23,7 +23,7 @@ from slivo.prune.budget import Budget, allocate, check_budget
 from slivo.prune.options import MinWidth, check_batches, check_widths
 from slivo.prune.plans import Plan
 from slivo.prune.readers import Reader, Watch, aten, grams, key, lay_out_, squares
-from slivo.prune.width import select
+from slivo.prune.width import candidates
 
 _log = logging.getLogger("slivo")
 
@@ -97,11 +97,7 @@ def surgeon(
     check_batches(batches)
     check_values(model)
     graph = graph or trace(model, example_inputs)
-    axes = [
-        axis
-        for axis in select(graph, only=only, exclude=exclude)
-        if not axis.routed or keep.params is not None or keep.bytes is not None or only
-    ]
+    axes = candidates(graph, keep, only=only, exclude=exclude)
     judged = _judged(model, axes, batches)
     if not judged:
         raise SlivoError("no linear layer or convolution reads any of the axes; use prune, with a criterion")
@@ -110,10 +106,7 @@ def surgeon(
         whole = ", ".join(axis.name for axis in axes if axis.name not in judged)
         _log.info("left whole, because no linear layer or convolution reads them: %s", whole)
     kept = allocate(graph, scores, keep, min_width=min_width, round_to=round_to)
-    return Plan(
-        {axis.name: axis.size for axis in axes},
-        {axis.name: tuple(kept.get(axis.name, range(axis.size))) for axis in axes},
-    )
+    return Plan.of(axes, kept)
 
 
 @dataclass(frozen=True)
@@ -213,7 +206,7 @@ def _judged(model: nn.Module, axes: Sequence[Axis], batches: Iterable[Any]) -> d
         for batch in batches:
             args, kwargs = as_args(runs.usable(batch))
             with seen:
-                log = runs._distribution(twin(*args, **kwargs))
+                log = runs.distribution(twin(*args, **kwargs))
             samples += len(log)
             chances = log.detach().exp().double().cpu().flatten(0, -2)
             drawn = torch.multinomial(chances, 1, generator=generator).to(log.device)

@@ -130,18 +130,12 @@ def plan(
     check_budget(keep)
     check_widths(min_width, round_to)
     graph = graph or trace(model, example_inputs, free=free)
-    axes = [
-        axis
-        for axis in select(graph, only=only, exclude=exclude)
-        # Fewer experts make no sample cheaper: they go if parameters have to, or on request.
-        if not axis.routed or keep.params is not None or keep.bytes is not None or only
-    ]
+    axes = candidates(graph, keep, only=only, exclude=exclude)
     scores = importance(model, graph, axes, criteria.resolve(criterion), batches=batches, loss=loss)
     if keep.timed:
 
         def small(kept: Kept) -> nn.Module:
-            chosen = Plan({name: graph[name].size for name in kept}, {name: tuple(each) for name, each in kept.items()})
-            return cut(model, example_inputs, chosen, graph=graph)
+            return cut(model, example_inputs, Plan.of([graph[name] for name in kept], kept), graph=graph)
 
         kept = fit(
             graph, scores, keep, model, small, timer or clock(example_inputs), scope=scope, min_width=min_width,
@@ -151,10 +145,7 @@ def plan(
         kept = allocate(graph, scores, keep, scope=scope, min_width=min_width, round_to=round_to)
     if now:
         kept = _part(graph, kept, {axis.name for axis in select(graph, only=now)})
-    return Plan(
-        {axis.name: axis.size for axis in axes},
-        {axis.name: tuple(kept.get(axis.name, range(axis.size))) for axis in axes},
-    )
+    return Plan.of(axes, kept)
 
 
 def cut(
@@ -199,6 +190,15 @@ def cut(
         small = edits.apply(model, edit)
         config = plan_config(model, small)
         return edits.apply(model, replace(edit, config=config)) if config else small
+
+
+def candidates(graph: Graph, keep: Budget, *, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Axis]:
+    """Return the axes to cut to a budget, of those that globs leave (`select`).
+
+    Fewer experts make no sample cheaper: they go if parameters or bytes have to, or on request.
+    """
+    axes = select(graph, only=only, exclude=exclude)
+    return [axis for axis in axes if not axis.routed or keep.params is not None or keep.bytes is not None or only]
 
 
 def select(graph: Graph, *, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Axis]:

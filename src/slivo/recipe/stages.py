@@ -108,7 +108,6 @@ def run_prune(work: Work, step: Step) -> Outcome:
     part, task = step.part, work.task
     assert isinstance(part, Prune)
     assert step.goal is not None
-    needs = criteria.resolve(part.criterion).needs_batches
     only, now = list(part.only), []
     if step.piece is not None:
         pieces = parted(step.piece, work.student, task, part.exclude)
@@ -127,9 +126,8 @@ def run_prune(work: Work, step: Step) -> Outcome:
         now=now,
         min_width=part.min_width,
         round_to=part.round_to,
-        batches=list(_samples(work, part.samples)) if needs else None,
-        loss=(lambda model, batch: task.loss(forward(task, model, batch), batch)) if needs else None,
         timer=timer,
+        **_data(work, part),
     )
     cut = edits.record(student)[-1]
     axes = len(cut.axes) if isinstance(cut, edits.Cut) else 0
@@ -213,14 +211,12 @@ def run_sparsify(work: Work, step: Step) -> Outcome:
     """Set weights of the student to zero."""
     part, task, student = step.part, work.task, work.student
     assert isinstance(part, Sparsify)
-    batches = list(_samples(work, part.samples)) if criteria.resolve(part.criterion).needs_batches else None
     options: Details = {
         "pattern": part.pattern,
         "criterion": part.criterion,
         "only": part.only,
         "exclude": part.exclude,
-        "batches": batches,
-        "loss": None if batches is None else lambda model, batch: task.loss(forward(task, model, batch), batch),
+        **_data(work, part),
     }
     if part.permute:
         student = permute(student, task.example_inputs, **options)
@@ -304,6 +300,17 @@ def _fit(work: Work, step: Step, model: nn.Module, part: Fit, *, scratch: bool) 
 def _hooks(work: Work, step: Step, model: nn.Module) -> list[Hook]:
     """Return the hooks of a training: it tells of its progress, and keeps the zeros of a model that is sparse."""
     return [Progress(work.watch.progress, step.label), *([HoldMasks()] if masked(model) else [])]
+
+
+def _data(work: Work, part: Prune | Sparsify) -> Details:
+    """Return the batches and the loss that a part's criterion asks for, by the names of their parameters."""
+    if not criteria.resolve(part.criterion).needs_batches:
+        return {}
+    task = work.task
+    return {
+        "batches": list(_samples(work, part.samples)),
+        "loss": lambda model, batch: task.loss(forward(task, model, batch), batch),
+    }
 
 
 def _samples(work: Work, count: int) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from torchmetrics import MetricCollection
 
 from slivo.errors import ShapeError
+from slivo.graph.capture import evaluating
 
 Batch = Any
 """Whatever a task's loader yields; for classification ``(inputs, labels)``."""
@@ -193,20 +194,17 @@ def check(task: Task, model: nn.Module) -> None:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batch = next(iter(loader(task, "val", batch_size=2)))
     batch = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
-    modes = [(module, module.training) for module in model.modules()]
     trail: list[tuple[str, nn.Module, tuple[Any, ...]]] = []
     handles = [module.register_forward_pre_hook(_follow(name, trail)) for name, module in model.named_modules()]
     handles += [module.register_forward_hook(lambda *_: _leave(trail)) for module in model.modules()]
     try:
-        with torch.no_grad():
-            output = forward(task, model.eval(), batch)
+        with evaluating(model), torch.no_grad():
+            output = forward(task, model, batch)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise ShapeError(_misfit(task, trail, error)) from error
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     _check_output(task, output, batch)
 
 

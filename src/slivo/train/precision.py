@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from slivo.graph.capture import evaluating
+
 Precision = Literal["auto", "fp32", "bf16"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -74,7 +76,7 @@ def layout(
 
 
 def _runs(model: nn.Module, run: Callable[[], object]) -> bool:
-    with _trying(model):
+    with evaluating(model), torch.no_grad():
         try:
             run()
         except RuntimeError:  # the training will say what is wrong, if it is something else
@@ -85,19 +87,6 @@ def _runs(model: nn.Module, run: Callable[[], object]) -> bool:
 def _lay_back(moved: Iterable[nn.Parameter]) -> None:
     for parameter in moved:
         parameter.data = parameter.data.contiguous()
-
-
-@contextmanager
-def _trying(model: nn.Module) -> Iterator[None]:
-    """Have a model evaluate without gradients, and be in the modes from before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -128,7 +117,7 @@ def convolution_macs(model: nn.Module, run: Callable[[], object]) -> int:
 
     handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, CONVOLUTIONS)]
     try:
-        with _trying(model):
+        with evaluating(model), torch.no_grad():
             run()
     finally:
         for handle in handles:

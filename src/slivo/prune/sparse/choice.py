@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import floor, inf, prod
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from slivo.graph.capture import canonical_names
 from slivo.prune import criteria, readers
 from slivo.prune.criterion import Criterion
 from slivo.prune.importance import runs_of
-from slivo.prune.options import listed
+from slivo.prune.options import listed, matches
 from slivo.prune.runs import Found, Loss
 
 Scope = Literal["global", "layer", "row"]
@@ -96,13 +95,13 @@ def sites(
     for name, first in canonical_names(model).items():
         names.setdefault(first, []).append(name)
     for glob in (*only, *exclude):
-        if not any(_matches(glob, every) for every in names.values()):
+        if not any(matches(glob, every) for every in names.values()):
             raise SlivoError(f"{glob!r} matches no parameter; there are {', '.join(list(wide)[:8])} …")
     chosen = {
         name: each
         for name, each in wide.items()
-        if (any(_matches(glob, names[name]) for glob in only) if only else _is_weight(name, each))
-        and not any(_matches(glob, names[name]) for glob in exclude)
+        if (any(matches(glob, names[name]) for glob in only) if only else _is_weight(name, each))
+        and not any(matches(glob, names[name]) for glob in exclude)
     }
     if not chosen:
         there = (
@@ -131,11 +130,6 @@ def _check(found: Mapping[str, Site]) -> None:
             bad[name] = error
     if bad:
         raise ShapeError(f"{next(iter(bad.values()))}: exclude={list(bad)}")
-
-
-def _matches(glob: str, names: Sequence[str]) -> bool:
-    """Tell whether a glob matches a parameter, by one of its names, or a module around it."""
-    return any(fnmatchcase(name, glob) or fnmatchcase(name, f"{glob}.*") for name in names)
 
 
 def _is_weight(name: str, parameter: Tensor) -> bool:

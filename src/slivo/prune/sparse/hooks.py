@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import ceil, floor, inf
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from slivo import edits
 from slivo.edits.mask import Mask, Pattern
 from slivo.errors import SlivoError
 from slivo.prune import criteria
-from slivo.prune.options import said
+from slivo.prune.options import is_count, is_number, said
 from slivo.prune.schedule import steps
 from slivo.prune.sparse.choice import Scope, Site, best, check_criterion, choose, score, sites
 from slivo.prune.sparse.hold import zeros_of
@@ -46,7 +45,11 @@ class HoldMasks(Hook):
 
     def on_gradients(self, state: TrainState) -> None:
         """Zero the gradients of zeros."""
-        _mask_gradients_(state.model, self.kept)
+        parameters = dict(state.model.named_parameters(remove_duplicate=False))
+        for name, stays in self.kept.items():
+            grad = parameters[name].grad
+            if grad is not None:
+                grad.masked_fill_(~stays, 0)
 
     def on_step_end(self, state: TrainState) -> None:
         """Zero the weights again."""
@@ -65,7 +68,7 @@ class HoldMasks(Hook):
         self.kept = state["kept"]
 
 
-class GradualSparsity(Hook):
+class GradualSparsity(HoldMasks):
     """Make a network sparse while it trains: gradual magnitude pruning.
 
     Args:
@@ -101,11 +104,12 @@ class GradualSparsity(Hook):
         only: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
+        super().__init__()
         if Pattern.parse(pattern).most is not None:
             raise SlivoError(f"pattern {pattern!r} has a sparsity of its own; slivo.sparsify, and train with HoldMasks")
         self.sparsity = check_sparsity(sparsity, pattern)
         check_scope(scope, min_keep)
-        if not (_is_number(start) and _is_number(stop) and 0 <= start <= stop <= 1):
+        if not (is_number(start) and is_number(stop) and 0 <= start <= stop <= 1):
             raise SlivoError(f"GradualSparsity start and stop are {start} and {stop}; shares of the steps, in order")
         _check_count(updates, "updates")
         self.criterion = criteria.resolve(criterion)
@@ -117,7 +121,6 @@ class GradualSparsity(Hook):
         self.pattern, self.scope, self.min_keep = pattern, scope, min_keep
         self.start, self.stop, self.updates = start, stop, updates
         self.only, self.exclude = only, exclude
-        self.kept: Kept = {}
 
     def on_fit_start(self, state: TrainState) -> None:
         """Find the weights, and when how many of them go."""
@@ -131,33 +134,21 @@ class GradualSparsity(Hook):
             max(1, round(time * state.total_steps)): 1 - share for time, share in zip(times, shares, strict=True)
         }
 
-    def on_gradients(self, state: TrainState) -> None:
-        """Zero the gradients of zeros."""
-        _mask_gradients_(state.model, self.kept)
-
     def on_step_end(self, state: TrainState) -> None:
         """Choose what stays if it is time, and zero the rest."""
         if state.step in self._due:
             share = self.sparsity if state.step == max(self._due) else self._due[state.step]
             scores = score(state.model, self._sites, self.criterion)
             self.kept = choose(self._sites, scores, sparsity=share, scope=self.scope, min_keep=self.min_keep)
-        zero_(state.model, self.kept)
+        super().on_step_end(state)
 
     def on_fit_end(self, state: TrainState) -> None:
         """Put the mask on record."""
-        zero_(state.model, self.kept)
+        super().on_fit_end(state)
         _note_(state.model, self._sites)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the masks."""
-        return {"kept": dict(self.kept)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the masks."""
-        self.kept = state["kept"]
-
-
-class SparsityBand(Hook):
+class SparsityBand(HoldMasks):
     """Keep the share of zeros between two bounds while a network trains.
 
     At every so many steps, weights that have shrunk to nothing join the zeros. If there are now too few, the smallest
@@ -189,16 +180,16 @@ class SparsityBand(Hook):
         only: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
-        if not (_is_number(low) and _is_number(high) and 0 <= low <= high < 1):
+        super().__init__()
+        if not (is_number(low) and is_number(high) and 0 <= low <= high < 1):
             raise SlivoError(
                 f"SparsityBand is from {said(low)} to {said(high)}; shares of zeros, 0 to below 1, in order"
             )
-        if not (_is_number(threshold) and threshold >= 0):
+        if not (is_number(threshold) and threshold >= 0):
             raise SlivoError(f"SparsityBand threshold is {said(threshold)}; an absolute value, 0 or above")
         _check_count(every, "every")
         self.low, self.high, self.every, self.threshold = low, high, every, threshold
         self.only, self.exclude = only, exclude
-        self.kept: Kept = {}
 
     def on_fit_start(self, state: TrainState) -> None:
         """Find the weights."""
@@ -212,24 +203,12 @@ class SparsityBand(Hook):
         if state.step % self.every == 0:
             weights = {name: each for name, each in state.model.named_parameters() if name in self._sites}
             self.kept = self._banded(weights)
-        _mask_gradients_(state.model, self.kept)
-
-    def on_step_end(self, state: TrainState) -> None:
-        """Zero the weights again."""
-        zero_(state.model, self.kept)
+        super().on_gradients(state)
 
     def on_fit_end(self, state: TrainState) -> None:
         """Put the mask on record."""
-        zero_(state.model, self.kept)
+        super().on_fit_end(state)
         _note_(state.model, self._sites)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the masks."""
-        return {"kept": dict(self.kept)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the masks."""
-        self.kept = state["kept"]
 
     def _banded(self, weights: Mapping[str, nn.Parameter]) -> Kept:
         home = next(iter(weights.values())).device
@@ -250,14 +229,6 @@ class SparsityBand(Hook):
         }
 
 
-def _mask_gradients_(model: nn.Module, kept: Kept) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, stays in kept.items():
-        grad = parameters[name].grad
-        if grad is not None:
-            grad.masked_fill_(~stays, 0)
-
-
 def _note_(model: nn.Module, found: Mapping[str, Site]) -> None:
     """Put a mask on a model's record, unless its last edit is the same."""
     mask = Mask({name: site.written for name, site in found.items()})
@@ -265,10 +236,6 @@ def _note_(model: nn.Module, found: Mapping[str, Site]) -> None:
         edits.replay(model, [mask])
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def _check_count(value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+    if not is_count(value, least=1):
         raise SlivoError(f"{what} is {said(value)}; a whole number, 1 or more")

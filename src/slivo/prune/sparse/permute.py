@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from slivo.graph import Axis, ExampleInputs, Member, trace
 from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
 from slivo.prune import criteria
-from slivo.prune.options import said
+from slivo.prune.options import is_count, said
 from slivo.prune.runs import Loss
 from slivo.prune.sparse.choice import Site, best, score, sites
 
@@ -87,7 +86,7 @@ def permute(
     parsed = Pattern.parse(pattern)
     if parsed.most is None:
         raise RecipeError(f"pattern is {pattern!r}; only the groups of N:M patterns depend on an order, as of '2:4'")
-    if isinstance(escapes, bool) or not isinstance(escapes, Integral) or int(escapes) < 0:
+    if not is_count(escapes):
         raise SlivoError(f"escapes is {said(escapes)}; a whole number, 0 or more")
     graph = trace(model, example_inputs)
     check_values(model)
