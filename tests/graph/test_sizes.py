@@ -15,7 +15,8 @@ import slivo
 from slivo.errors import ShapeError
 from slivo.graph.capture import capture
 from slivo.graph.program import Program, describe_inputs, recapture
-from slivo.graph.sizes import is_factor, number
+from slivo.graph.samples import is_factor
+from slivo.graph.sizes import number
 
 
 @pytest.fixture(autouse=True)

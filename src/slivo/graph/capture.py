@@ -115,18 +115,23 @@ def _export(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object
 def sparing() -> Iterator[None]:
     """Have PyTorch leave out, while it exports, what is of no use here and takes half of the time.
 
-    That is where in the code each operator stands, how each result lies in memory, and the Python code of every graph
-    module on the way, which nobody runs: those that come out are to be compiled again.
+    That is where in the code each operator stands, how each result lies in memory, what was assumed of sizes (the graph
+    asks that by itself: `slivo.graph.sizes`), and the Python code of every graph module on the way, which nobody runs:
+    those that come out are to be compiled again.
     """
+    from torch.export import _trace  # which takes a second to import, and which export imports anyway
+
     with ExitStack() as stack:
+        if hasattr(_trace, "produce_guards_and_solve_constraints"):
+            stack.enter_context(patch.object(_trace, "produce_guards_and_solve_constraints", lambda *_, **__: None))
         stack.enter_context(patch.object(fx.config, "do_not_emit_stack_traces", True, create=True))
         if hasattr(proxy_tensor, "_extract_tensor_metadata"):
             stack.enter_context(patch.object(proxy_tensor, "_extract_tensor_metadata", lambda *_: None))
-        stack.enter_context(patch.object(fx.GraphModule, "recompile", _compile_when_called))
+        stack.enter_context(patch.object(fx.GraphModule, "recompile", compile_when_called))
         yield
 
 
-def _compile_when_called(module: fx.GraphModule) -> None:
+def compile_when_called(module: fx.GraphModule) -> None:
     """Take the place of `torch.fx.GraphModule.recompile`: note what the graph takes and gives out, and no more."""
     codegen = module.graph._codegen
     if isinstance(codegen, fx.graph._PyTreeCodeGen):

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,13 +23,14 @@ from torch.utils import _pytree as pytree
 
 from slivo.errors import SlivoError
 from slivo.graph.axes import Graph
-from slivo.graph.capture import Capture, capture, put_tensors_
+from slivo.graph.capture import Capture, capture, compile_when_called, put_tensors_
 from slivo.graph.copies import keep_persistence_
 from slivo.graph.decompose import numbers
 from slivo.graph.dims import UNIT, Prod, Term, head, product, size_after
 from slivo.graph.infer import Inference
 from slivo.graph.inputs import Call, ExampleInputs, as_args
-from slivo.graph.sizes import check_sizes_, is_factor
+from slivo.graph.samples import is_factor
+from slivo.graph.sizes import check_sizes_
 from slivo.graph.slicing import Slices, cut_
 from slivo.graph.twins import capture_once
 
@@ -199,7 +201,8 @@ def build(
         A module that is called as the model is, and shares the parameters that are not cut. It evaluates: dropout and
         the updating of batch statistics, which the capture left out, do not come back in training mode.
     """
-    with warnings.catch_warnings():
+    # What is compiled below is not compiled as it is copied, too.
+    with warnings.catch_warnings(), patch.object(fx.GraphModule, "recompile", compile_when_called):
         warnings.simplefilter("ignore")  # the copy of PyTorch's own tree specifications warns
         new = copy.deepcopy(capture.graph, {id(each): each for each in capture.graph.parameters()})
     keep_persistence_(new, capture.graph)

@@ -30,6 +30,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from slivo.errors import CaptureError, ShapeError
+from slivo.graph.samples import trying_sizes
 
 Number = int | float | bool
 Answers = list[tuple[sym_node.SymNode, bool]]
@@ -70,6 +71,7 @@ def listening() -> Iterator[Answers]:
         stack.enter_context(config.patch(fake_tensor_cache_enabled=False))
         if hasattr(_config, "backed_size_oblivious"):
             stack.enter_context(_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
+        stack.enter_context(trying_sizes())
         yield answers
 
 
@@ -96,18 +98,6 @@ def number(value: Any) -> Any:
         hint = value.node.hint if value.node.has_hint() else None
         return value if hint is None else hint
     return value
-
-
-def is_factor(factor: int, size: torch.SymInt) -> bool:
-    """Tell whether a symbolic size is a multiple of a number for inputs of all sizes, as far as samples tell.
-
-    The sizes that are tried have no factor in common with any number of channels.
-    """
-    expression = size.node.expr
-    symbols = sorted(expression.free_symbols, key=str)
-    samples = ({each: sympy.prime(200 + 7 * at + offset) for at, each in enumerate(symbols)} for offset in range(3))
-    sizes = map(expression.subs, samples)
-    return all(size.is_Integer and size % factor == 0 for size in sizes)
 
 
 def has_size(tensor: Tensor, dim: int, size: int, name: str) -> None:

@@ -81,7 +81,8 @@ def l2(weights: Tensor) -> Tensor:
 
     Source: Fang, Ma, Song, Mi, Wang 2023, "DepGraph", arXiv:2301.12900, eq. 6 (the norm of the whole group).
     """
-    return weights.square().sum(1)
+    norms: Tensor = torch.linalg.vector_norm(weights, dim=1)  # without a matrix of squares
+    return norms.square()
 
 
 @criterion(relative=False)
