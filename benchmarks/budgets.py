@@ -33,7 +33,7 @@ from torch import nn
 import networks
 import slivo
 from coverage import machine
-from refit_cifar import ResNet56
+from cifar import ResNet56
 from slivo.errors import SlivoError, TargetError
 from slivo.graph import Graph
 from slivo.graph.capture import trying

@@ -21,7 +21,7 @@ from torch import nn
 
 import slivo
 from pressure_digits import train
-from refit_cifar import ResNet56, images
+from cifar import ResNet56, images
 from slivo.prune import criteria, plan
 from slivo.tasks import loader
 from slivo.tasks.digits import digits

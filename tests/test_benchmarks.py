@@ -39,6 +39,14 @@ def test_a_glob_that_matches_nothing_says_what_there_is() -> None:
     assert "no network matches smal/*; there are " in found.stderr
 
 
+def test_every_script_finds_what_it_imports() -> None:
+    names = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py"))
+    command = [sys.executable, "-W", "ignore", "-c", f"import {', '.join(names)}"]
+    found = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=300, check=False)
+    assert len(names) > 10
+    assert found.returncode == 0, found.stderr
+
+
 class Small(nn.Module):
     """Two convolutions, in place of the network that is measured."""
 
