@@ -32,8 +32,8 @@ from torch import nn
 
 import networks
 import slivo
-from coverage import machine
 from cifar import ResNet56
+from coverage import machine
 from slivo.errors import SlivoError, TargetError
 from slivo.graph import Graph
 from slivo.graph.capture import trying

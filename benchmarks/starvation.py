@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import slivo
+from cifar import decode, normalize, resnet56
 from pressure_digits import train
-from cifar import ResNet56, images
 from slivo.prune import criteria, plan
 from slivo.tasks import loader
 from slivo.tasks.digits import digits
@@ -39,9 +38,8 @@ def networks(options: argparse.Namespace) -> dict[str, tuple[nn.Module, Batches]
         "small_cnn": (small, list(loader(task, "train", batch_size=128, seed=0))[:2])
     }
     if options.data:
-        model = ResNet56().eval()
-        model.load_state_dict(load_file(options.data / "cifar10_jpeg_resnet56.safetensors"))
-        found["ResNet-56"] = (model, [images(options.data, "train", list(range(64)))])
+        pixels, labels = decode(options.data, "train", range(64))
+        found["ResNet-56"] = (resnet56(options.data), [(normalize(pixels), labels)])
     return found
 
 

@@ -72,6 +72,18 @@ def test_hardware_with_steps(share):
         assert all(each.out_channels % 8 == 0 for each in small if isinstance(each, nn.Conv2d))
 
 
+def test_hardware_that_is_slow_where_blocks_are_not_full():
+    """Widths that fill blocks are so fast that more of them can stay than were found width by width."""
+    plain, model = hardware(), nn.Sequential(*net(), nn.Unflatten(1, (10, 1, 1)), nn.Conv2d(10, 10, 1))
+
+    def timer(each: nn.Module) -> float:
+        ragged = sum(layer.out_channels % 16 > 0 for layer in each if isinstance(layer, nn.Conv2d))
+        return plain(each) * 1.25**ragged
+
+    small = slivo.prune(model, X, keep=Budget(latency=0.8), timer=timer)
+    assert 0.9 * 0.8 <= timer(small) / timer(model) <= 0.8
+
+
 def test_the_clock_may_be_noisy_and_drift():
     model, true = net(), hardware()
     generator, calls = np.random.default_rng(0), [0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import exp, isfinite, lcm, log
 from numbers import Real
@@ -147,13 +148,42 @@ def fit(
         fast may have been lucky. The median of all of these rounds was no more than the target. It was at least 95 %
         of the target when it was found, unless the budget's counts ask for more to go, or single steps change the
         latency by more than that. Widths are rounded up to multiples of 16 or 8 if that keeps to the budget, too:
-        kernels compute so many channels at once, and half-filled blocks take the time of full ones.
+        kernels compute so many channels at once, and half-filled blocks take the time of full ones. Where that makes
+        the model much faster than it must be, such multiples alone are chosen from.
 
     Raises:
         TargetError: If the budget cannot be met; says what the least measured is.
 
     Source: Yang et al. 2018, "NetAdapt", arXiv:1804.03230 (tables of measured latency, empirical check of what is
     adapted); Shen et al. 2021, "HALP", arXiv:2110.10811 (importance per latency as a knapsack).
+    """
+    kept, near = _fitted(graph, scores, budget, model, cut, timer, scope, min_width, round_to)
+    for block in (each for each in _BLOCKS if round_to % each):
+        if near >= _NEAR:
+            break
+        # Full blocks are so much faster than what was found that there is room for more of them.
+        with suppress(TargetError):
+            step = lcm(round_to, block)
+            other, nearer = _fitted(graph, scores, budget, model, cut, timer, scope, min_width, step)
+            kept, near = (other, nearer) if nearer > near else (kept, near)
+    return kept
+
+
+def _fitted(
+    graph: Graph,
+    scores: Scores,
+    budget: Budget,
+    model: nn.Module,
+    cut: Callable[[Kept], nn.Module],
+    timer: Timer,
+    scope: Scope,
+    min_width: MinWidth,
+    round_to: int,
+) -> tuple[dict[str, list[int]], float]:
+    """Return what `fit` does for one multiple of positions, and its latency relative to the target; 1 if counts bind.
+
+    Raises:
+        TargetError: As there.
     """
     groups = rank(graph, scores, min_width, round_to)
     known: dict[tuple[int, ...], Rounds] = {}
@@ -175,7 +205,7 @@ def fit(
     low, needed = [0] * len(groups), 0
     limits = budget.limits(count(graph, {}, budget))
     if not limits and slow(low) <= 1:
-        return {}
+        return {}, 1.0
     table = curves(graph, groups, lambda gone: compare(timer, model, small(gone), rough=True))
     removed = removals(graph, _priced(groups, table), scope)
     if limits:
@@ -183,7 +213,7 @@ def fit(
         low = gone_of(groups, removed[:needed])
         for gone in (refill(graph, groups, low, budget, limits), low):
             if slow(gone) <= 1 and slow(gone, again=True) <= 1:  # it is the counts that bind
-                return kept_by(groups, gone)
+                return kept_by(groups, gone), 1.0
     while True:
         gone = _hit(groups, table, removed, needed, slow)
         if slow(gone) > 1:
@@ -196,7 +226,7 @@ def fit(
             gone = wider
             break
     _log.info("latency %.3g ms, %.1f %% of what it was", time(gone).ms, 100 * time(gone).share)
-    return kept_by(groups, gone)
+    return kept_by(groups, gone), slow(gone)
 
 
 def curves(graph: Graph, groups: Sequence[Group], time: Time) -> list[Curve]:
