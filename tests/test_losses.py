@@ -34,7 +34,8 @@ def test_every_loss_can_be_built_by_name_and_by_function(name):
     options = {"at": "layer1"} if name in PLACED else {}
     built, called = losses.build({name: options}), getattr(losses, name)(**options)
     assert built == called
-    assert built == Term(next(vars(module)[name] for module in MODULES if name in vars(module)), {}, **options)
+    weight = "auto" if name in PLACED else 1.0
+    assert built == Term(next(vars(module)[name] for module in MODULES if name in vars(module)), {}, weight, **options)
     assert built.name == name
     builder = getattr(losses, name)
     assert builder.__name__ == name
@@ -46,12 +47,12 @@ def test_descriptions_say_all_options_and_defaults():
     assert list(described) == losses.names()
     assert described["kd"].parameters == (
         "temperature: float = 4.0",
-        "weight: float = 1.0",
+        "weight: weight = 1.0",
         "at: path = ''",
         "class_map: indices = None",
     )
-    assert described["hint"].parameters == ("weight: float = 1.0", "at: path")
-    assert described["rkd_angle"].parameters == ("chunk: int = 32", "weight: float = 1.0", "at: path")
+    assert described["hint"].parameters == ("weight: weight = 'auto'", "at: path")
+    assert described["rkd_angle"].parameters == ("chunk: int = 32", "weight: weight = 'auto'", "at: path")
     assert all(each.summary for each in described.values())
     # The defaults that are shown are valid.
     for name, each in described.items():
@@ -100,7 +101,7 @@ def test_a_loss_is_one_name_with_options(wrong):
         ({"kd": {"temperature": None}}, "kd.temperature is None; it must be a number"),
         ({"rkd_angle": {"at": "a", "chunk": 1.5}}, "rkd_angle.chunk is 1.5; it must be a whole number"),
         ({"rkd_angle": {"at": "a", "chunk": True}}, "rkd_angle.chunk is True; it must be a whole number"),
-        ({"hint": {"at": 1}}, r"hint.at is 1; it must be a module's path, or two \(student, teacher\)"),
+        ({"hint": {"at": 1}}, r"hint.at is 1; it must be a module's path, two \(student, teacher\), or a mapping"),
         ({"hint": {"at": ["a", "b", "c"]}}, "hint.at is"),
         ({"hint": {"at": ["a", 1]}}, "hint.at is"),
         ({"kd": {"class_map": 3}}, "kd.class_map is 3; it must be a list with the teacher's class"),

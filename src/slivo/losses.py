@@ -3,7 +3,9 @@
 What there is, and with which options, comes from the functions themselves: every public function of
 `slivo.distill.logits`, `slivo.distill.features` and `slivo.distill.relations` is a loss. Each builder takes the
 function's options, and besides ``weight``, ``at`` (needed by all but the losses on logits, which compare the models'
-outputs unless told otherwise) and, for logits, ``class_map``.
+outputs unless told otherwise) and, for logits, ``class_map``. A number may be a `slivo.distill.Ramp`, in recipes
+``{start: 0, end: 0.9, until: 0.5}``. Losses on activations are weighted automatically (``"auto"``) unless told
+otherwise, because their scales differ by orders of magnitude.
 
 Example:
     >>> from slivo import losses
@@ -24,8 +26,10 @@ from typing import Any, get_type_hints
 import torch
 
 from slivo.distill import features, logits, relations
+from slivo.distill.adapt import make
 from slivo.distill.classes import ClassMap
-from slivo.distill.objective import Term, supplied
+from slivo.distill.schedule import Ramp, now
+from slivo.distill.terms import Term, joint, supplied
 from slivo.errors import RecipeError, ShapeError
 
 __all__ = ["Loss", "build", "describe", "names"]
@@ -72,7 +76,7 @@ def describe() -> list[Loss]:
 
     Example:
         >>> next(loss for loss in describe() if loss.name == "kd").parameters
-        ('temperature: float = 4.0', 'weight: float = 1.0', "at: path = ''", 'class_map: indices = None')
+        ('temperature: float = 4.0', 'weight: weight = 1.0', "at: path = ''", 'class_map: indices = None')
     """
     found = []
     for name, function in sorted(_functions().items()):
@@ -146,7 +150,7 @@ def _options(function: FunctionType) -> dict[str, _Option]:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    options["weight"] = _Option("float", 1.0)
+    options["weight"] = _Option("weight", 1.0 if _of(function, logits) else "auto")
     options["at"] = _Option("path", "" if _of(function, logits) else _REQUIRED)
     if _of(function, logits):
         options["class_map"] = _Option("indices", None)
@@ -163,15 +167,21 @@ def _term(function: FunctionType, given: Mapping[str, Any]) -> Term:
     if missing:
         raise RecipeError(f"loss {place} needs {missing[0]!r}: the path of the module to compare, such as at='layer1'")
     values = {name: _value(f"{place}.{name}", options[name].kind, value) for name, value in given.items()}
-    own = {name: values.pop(name) for name in ("weight", "at", "class_map") if name in values}
-    _try(function, values)
+    own: dict[str, Any] = {"weight": options["weight"].default}
+    own |= {name: values.pop(name) for name in ("weight", "at", "class_map") if name in values}
+    for progress in (0.0, 1.0):
+        _try(function, {name: now(value, progress) for name, value in values.items()})
     return Term(function, values, **own)
 
 
 def _value(place: str, kind: str, value: Any) -> Any:
     """Return a value in its type, or say which it must have."""
-    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+    if kind in ("float", "weight") and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
+    if kind in ("float", "weight") and isinstance(value, Ramp | Mapping):
+        return _ramp(place, value)
+    if kind == "weight" and value == "auto":
+        return value
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind == "path":
@@ -179,6 +189,12 @@ def _value(place: str, kind: str, value: Any) -> Any:
             return value
         if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(path, str) for path in value):
             return tuple(value)
+        if (
+            isinstance(value, Mapping)
+            and value
+            and all(isinstance(path, str) for pair in value.items() for path in pair)
+        ):
+            return dict(value)
     if kind == "indices":
         if value is None or isinstance(value, ClassMap):
             return value
@@ -188,20 +204,37 @@ def _value(place: str, kind: str, value: Any) -> Any:
             except ShapeError as error:
                 raise RecipeError(f"{place}: {error}") from error
     wanted = {
-        "float": "a number",
+        "float": "a number, or a ramp {start: …, end: …}",
+        "weight": "a number, auto, or a ramp {start: …, end: …}",
         "int": "a whole number",
-        "path": "a module's path, or two (student, teacher)",
+        "path": "a module's path, two (student, teacher), or a mapping {student: teacher}",
         "indices": "a list with the teacher's class for each of the student's, or null",
     }
     raise RecipeError(f"{place} is {value!r}; it must be {wanted.get(kind, kind)}")
 
 
+def _ramp(place: str, value: Ramp | Mapping[str, Any]) -> Ramp:
+    if isinstance(value, Ramp):
+        return value
+    try:
+        return Ramp(**value)
+    except TypeError as error:
+        raise RecipeError(
+            f"{place} is {dict(value)!r}; a ramp has start and end, and may have begin, until, shape"
+        ) from error
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error}") from error
+
+
 def _try(function: FunctionType, params: Mapping[str, Any]) -> None:
     """Call a loss on a few numbers, so that it refuses options out of range now and not after hours."""
     tensor = torch.eye(4).expand(4, 4, 4, 4)
-    extra = {"labels": torch.zeros(4, 4, 4, dtype=torch.int64), "adapter": None}
+    given = [tensor, tensor] if joint(function) else tensor
+    extra: dict[str, Any] = {"labels": torch.zeros(4, 4, 4, dtype=torch.int64), "mask": None}
     try:
-        function(tensor, tensor, *(extra[name] for name in supplied(function)), **params)
+        if "adapter" in supplied(function):
+            extra["adapter"] = make(function, params, given, given, seed=0)
+        function(given, given, *(extra[name] for name in supplied(function)), **params)
     except RecipeError as error:
         raise RecipeError(f"loss {function.__name__}: {error}") from error
 

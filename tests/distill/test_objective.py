@@ -155,9 +155,10 @@ def test_paths_are_looked_up_anew_so_that_modules_may_be_replaced():
 
 def test_patterns_are_a_term_for_each_match():
     student, teacher = nets((4, 3, 2), (4, 3, 2))
-    made = objective(teacher, losses.hint(at="stages.*"), label_weight=0)
+    made = objective(teacher, losses.hint(at="stages.*", weight=1), label_weight=0)
     assert list(made(student, batch_of())) == ["hint@stages.0", "hint@stages.1"]
-    pairs = objective(teacher, losses.sp(at=("stages.*", "stages.*")), losses.sp(at=("", "stem")), label_weight=0)
+    terms = [losses.sp(at=("stages.*", "stages.*"), weight=1), losses.sp(at=("", "stem"), weight=1)]
+    pairs = objective(teacher, *terms, label_weight=0)
     assert list(pairs(student, batch_of())) == ["sp@stages.0", "sp@stages.1", "sp"]
     deeper = nets((4, 3, 3))[0]
     with pytest.raises(SlivoError, match=r"2 modules of the student match and 3 of the teacher"):
@@ -178,7 +179,7 @@ def test_class_maps_are_applied_to_outputs_and_labels():
     student, teacher = (each.eval() for each in nets((4, 4), (4, 5)))
     batch = batch_of(classes=4)
     shared = ClassMap((4, None, 0, 2))
-    terms = [losses.kd(), losses.dkd(), losses.hint(at=""), losses.sp(at="stem")]
+    terms = [losses.kd(), losses.dkd(), losses.hint(at="", weight=1), losses.sp(at="stem")]
     made = objective(teacher, *terms, class_map=shared).prepare(student, batch)
     parts = made(student, batch)
     ours, theirs = shared.logits(student(batch[0]), teacher(batch[0]))

@@ -12,17 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from slivo.distill.adapt import adapted
 from slivo.distill.classes import ClassMap
-from slivo.distill.objective import Distillation, Term, distillation
+from slivo.distill.objective import Distillation, distillation
+from slivo.distill.schedule import Ramp
 from slivo.distill.taps import tap
 from slivo.distill.teacher import doubt
+from slivo.distill.terms import Term
 from slivo.errors import ArtifactError
 from slivo.graph.copies import duplicate
 from slivo.measure import quality
 from slivo.tasks import Task, forward, loader
 from slivo.train import Hook, OptimizerSpec, Precision, fit
+from slivo.train.hooks import TrainState
 
-__all__ = ["ClassMap", "Distillation", "Result", "Term", "distill", "distillation", "tap"]
+__all__ = ["ClassMap", "Distillation", "Ramp", "Result", "Term", "adapted", "distill", "distillation", "tap"]
 
 # A tenth of the learning rate from scratch: the student starts from weights that are worth keeping.
 _FINE_TUNING = OptimizerSpec(lr=0.01)
@@ -50,7 +54,7 @@ def distill(
     epochs: int,
     optimizer: OptimizerSpec = _FINE_TUNING,
     batch_size: int = 64,
-    label_weight: float = 0.1,
+    label_weight: float | Ramp = 0.1,
     class_map: ClassMap | None = None,
     seed: int = 0,
     hooks: Sequence[Hook] = (),
@@ -106,7 +110,7 @@ def distill(
     )
     with objective:
         with torch.random.fork_rng(devices=[]):
-            batch = next(iter(loader(task, "train", batch_size=min(batch_size, 8))))
+            batch = next(iter(loader(task, "train", batch_size=batch_size)))
             objective.prepare(model, pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch), seed=seed)
             if task.primary == "accuracy" and class_map is None:
                 doubt(quality(teacher, task, "val")["accuracy"], 1 / len(task.classes))
@@ -116,7 +120,7 @@ def distill(
             objective,
             epochs=epochs,
             optimizer=optimizer,
-            hooks=[*hooks, _SameLesson(objective.lesson)],
+            hooks=[*hooks, _Lesson(objective)],
             validate=lambda model: quality(model, task, "val"),
             seed=seed,
             precision=precision,
@@ -127,19 +131,26 @@ def distill(
     return Result(model, history)
 
 
-class _SameLesson(Hook):
-    """Refuses to go on from a checkpoint of another teacher or other losses, which would make a mixture of both."""
+class _Lesson(Hook):
+    """Tells the objective how far the training is.
 
-    def __init__(self, lesson: dict[str, str]) -> None:
-        self.lesson = lesson
+    Refuses to go on from a checkpoint of another teacher or other losses, which would make a mixture of both.
+    """
+
+    def __init__(self, objective: Distillation) -> None:
+        self.objective = objective
+
+    def on_step_start(self, state: TrainState) -> None:
+        self.objective.progress = state.step / state.total_steps
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.lesson)
+        return {**self.objective.lesson, "weights": dict(self.objective.weights)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in self.lesson.items():
+        for name, value in self.objective.lesson.items():
             if state.get(name) != value:
                 raise ArtifactError(
                     f"the checkpoint belongs to another distillation ({name}: {value}, there {state.get(name)}); "
                     "remove it, or give another path"
                 )
+        self.objective.weights = dict(state["weights"])  # found when the training began

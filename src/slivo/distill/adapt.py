@@ -1,6 +1,14 @@
-"""Adapters: layers, trained along and then thrown away, from the student's features to the teacher's."""
+"""Adapters: layers, trained along and then thrown away, from the student's features to the teacher's.
+
+`adapter` makes the usual one. A loss whose ``adapter`` is something else, such as a fusion of several layers, says by
+`adapted` what makes it.
+"""
 
 from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,3 +54,72 @@ def adapter(student: Tensor, teacher: Tensor, *, seed: int = 0) -> nn.Module | N
         else:
             layer = nn.Conv3d(*sizes, kernel_size=1)
     return layer.to(student.device, widen(student, teacher)[0].dtype)
+
+
+Activations = Tensor | Sequence[Tensor]
+_Loss = TypeVar("_Loss", bound=Callable[..., Tensor])
+
+
+def adapted(maker: Callable[..., nn.Module]) -> Callable[[_Loss], _Loss]:
+    """Say of a loss function what makes its ``adapter``.
+
+    Args:
+        maker: ``(student, teacher, ...)``, one batch of activations as the loss gets them, to a module. Its
+            keyword-only parameters are given the loss's options of the same names. Random weights come from PyTorch's
+            generator, which is seeded and put back.
+
+    Returns:
+        A decorator that leaves the function as it is, but for an attribute.
+
+    Example:
+        >>> def scale(student, teacher):
+        ...     return nn.Linear(1, 1)
+        >>> @adapted(scale)
+        ... def loss(student, teacher, adapter): ...
+        >>> make(loss, {}, torch.ones(2, 3), torch.ones(2, 5), seed=0)
+        Linear(in_features=1, out_features=1, bias=True)
+    """
+
+    def mark(function: _Loss) -> _Loss:
+        function.__dict__["adapted_by"] = maker
+        return function
+
+    return mark
+
+
+def made_by(function: Callable[..., Tensor]) -> Callable[..., nn.Module] | None:
+    """Return what makes a loss's adapter, if it is not `adapter`."""
+    found: Callable[..., nn.Module] | None = getattr(function, "adapted_by", None)
+    return found
+
+
+def make(
+    function: Callable[..., Tensor], options: Mapping[str, Any], student: Any, teacher: Any, *, seed: int
+) -> nn.Module | None:
+    """Make what a loss function's ``adapter`` is to be; None if it needs none.
+
+    Args:
+        function: The loss.
+        options: Its options.
+        student: Activations as the loss gets them.
+        teacher: The teacher's.
+        seed: Of random weights, which do not touch the global random generator.
+    """
+    maker = made_by(function)
+    if maker is None:
+        return adapter(student, teacher, seed=seed)
+    defaults = {name: each.default for name, each in inspect.signature(function).parameters.items()}
+    asked = inspect.signature(maker).parameters.values()
+    named = {each.name: (defaults | dict(options))[each.name] for each in asked if each.kind is each.KEYWORD_ONLY}
+    first = student if isinstance(student, Tensor) else student[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = maker(student, teacher, **named)
+    return made.to(first.device)
+
+
+def sizes(student: Any, teacher: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the numbers of features or channels that an adapter is made for, of all places."""
+    several = [each if isinstance(each, list | tuple) else (each,) for each in (student, teacher)]
+    ours, theirs = (tuple(map(channels, each)) for each in several)
+    return ours, theirs

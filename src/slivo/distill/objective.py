@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,76 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from slivo.distill import balance
 from slivo.distill import teacher as teachers
 from slivo.distill._tensors import first_tensor, shape
-from slivo.distill.adapt import adapter, channels
+from slivo.distill.adapt import made_by, make, sizes
 from slivo.distill.classes import ClassMap
-from slivo.distill.taps import match, tap
+from slivo.distill.schedule import Ramp, now
+from slivo.distill.taps import tap
+from slivo.distill.terms import Place, Term, plan
 from slivo.errors import RecipeError, ShapeError, SlivoError
 from slivo.graph.capture import evaluating
 
 Batch = Any
+Plan = Mapping[str, tuple[Term, Place]]
+Tapped = Mapping[str, Tensor]
 
-
-@dataclass(frozen=True)
-class Term:
-    """One loss between student and teacher: a function, its options, its weight, and where it looks.
-
-    Attributes:
-        function: ``(student, teacher, ..., **params)`` to a scalar. Positional parameters beside the two tensors are
-            supplied where their names are known: ``labels`` and ``adapter``.
-        params: Keyword arguments of the function.
-        weight: What the loss is multiplied by.
-        at: Path of the module whose output is compared, in both models, or a pair of paths (student, teacher); ``""``
-            is the model's output. With ``*`` and ``**`` it may be many, in each model's order; each is a term.
-        class_map: Which classes are shared, if the outputs' classes differ; None takes the distillation's.
-    """
-
-    function: Callable[..., Tensor]
-    params: Mapping[str, Any] = field(default_factory=dict)
-    weight: float = 1.0
-    at: str | tuple[str, str] = ""
-    class_map: ClassMap | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise RecipeError(f"weight of {self.name} is {self.weight}; it must be above 0, or the term left out")
-        if not isinstance(self.at, str):
-            object.__setattr__(self, "at", tuple(self.at))
-            if len(self.at) != 2 or not all(isinstance(path, str) for path in self.at):
-                raise RecipeError(f"at of {self.name} is {self.at}; it must be a module's path, or (student, teacher)")
-        unknown = [name for name in self.supplied if name not in ("labels", "adapter")]
-        if unknown:
-            raise RecipeError(
-                f"loss {self.name} has a positional parameter {unknown[0]!r}; beside student and teacher there may be "
-                "labels and adapter; make an option keyword-only"
-            )
-        try:
-            inspect.signature(self.function).bind(None, None, *self.supplied, **self.params)
-        except TypeError as error:
-            raise RecipeError(f"loss {self.name} cannot be called with {dict(self.params)}: {error}") from error
-
-    @property
-    def name(self) -> str:
-        """The function's name."""
-        return getattr(self.function, "__name__", "custom")
-
-    @property
-    def supplied(self) -> tuple[str, ...]:
-        """Names of what the function needs beside both tensors and its options."""
-        return supplied(self.function)
-
-    @property
-    def places(self) -> tuple[str, str]:
-        """Paths or patterns in student and teacher."""
-        return (self.at, self.at) if isinstance(self.at, str) else self.at
-
-
-def supplied(function: Callable[..., Tensor]) -> tuple[str, ...]:
-    """Return the names of a loss function's positional parameters after student and teacher."""
-    parameters = inspect.signature(function).parameters.values()
-    positional = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    return tuple(positional[2:])
+_log = logging.getLogger("slivo")
 
 
 def second(batch: Batch) -> Tensor:
@@ -95,15 +41,31 @@ def second(batch: Batch) -> Tensor:
     return batch[1]
 
 
+def attended(batch: Batch) -> Tensor | None:
+    """Return where the tokens of a batch count: its ``attention_mask`` as booleans, or None if it has none."""
+    found = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return found.bool() if isinstance(found, Tensor) else None
+
+
+@dataclass(frozen=True)
+class BatchParts:
+    """How losses get what they need beside activations out of a batch."""
+
+    labels: Callable[[Batch], Tensor]
+    mask: Callable[[Batch], Tensor | None]
+
+
 def distillation(
     teacher: nn.Module,
     task_forward: Callable[[nn.Module, Batch], Any],
     task_loss: Callable[[Any, Batch], Tensor],
     terms: Iterable[Term],
     *,
-    label_weight: float = 0.1,
+    label_weight: float | Ramp = 0.1,
     labels: Callable[[Batch], Tensor] = second,
+    mask: Callable[[Batch], Tensor | None] = attended,
     class_map: ClassMap | None = None,
+    teacher_forward: Callable[[nn.Module, Batch], Any] | None = None,
 ) -> Distillation:
     """Return the objective of a distillation, for `slivo.train.fit` or any loop of one's own.
 
@@ -114,7 +76,10 @@ def distillation(
         terms: What is compared; see `slivo.losses`.
         label_weight: Weight of the task's own loss; 0 needs no labels.
         labels: Class labels of a batch, for losses that need them (``dkd``).
+        mask: Which tokens of a batch count, shape (batch, tokens), for losses on tokens; None for all.
         class_map: Which classes are shared, if student and teacher have different ones.
+        teacher_forward: As ``task_forward``, for a teacher whose inputs are others, such as clean images, larger ones,
+            or another modality; None for the same.
 
     Returns:
         A callable ``(model, batch)`` to weighted terms by name, whose sum is the loss. As a context manager, or by
@@ -136,16 +101,28 @@ def distillation(
         >>> list(parts)
         ['labels', 'kd']
     """
-    if not (math.isfinite(label_weight) and label_weight >= 0):
-        raise RecipeError(f"label_weight is {label_weight}; it must be 0 or above")
+    for value in (label_weight.start, label_weight.end) if isinstance(label_weight, Ramp) else (label_weight,):
+        if not (math.isfinite(value) and value >= 0):
+            raise RecipeError(f"label_weight is {label_weight}; it must be 0 or above")
     chosen = tuple(terms)
     if not chosen:
         raise RecipeError("there are no losses to distil with; give one or more, such as slivo.losses.kd()")
-    return Distillation(teacher, task_forward, task_loss, chosen, label_weight, labels, class_map)
+    parts = BatchParts(labels, mask)
+    theirs = teacher_forward or task_forward
+    return Distillation(teacher, task_forward, task_loss, chosen, label_weight, parts, class_map, theirs)
 
 
 class Distillation:
-    """The objective that `distillation` makes."""
+    """The objective that `distillation` makes.
+
+    Attributes:
+        teacher: What teaches.
+        terms: What is compared.
+        adapters: What is trained along, by name of the term.
+        weights: The weights that `prepare` found, by name of the term.
+        progress: The share of the training that is done, which options that are a `Ramp` go by; `distill` keeps it,
+            and who calls the objective in a loop of their own sets it.
+    """
 
     def __init__(
         self,
@@ -153,40 +130,42 @@ class Distillation:
         forward: Callable[[nn.Module, Batch], Any],
         loss: Callable[[Any, Batch], Tensor],
         terms: tuple[Term, ...],
-        label_weight: float,
-        labels: Callable[[Batch], Tensor],
+        label_weight: float | Ramp,
+        batch_parts: BatchParts,
         class_map: ClassMap | None,
+        teacher_forward: Callable[[nn.Module, Batch], Any],
     ) -> None:
         self.teacher = teacher
         self.terms = terms
         self.adapters: dict[str, nn.Module] = {}
+        self.weights: dict[str, float] = {}
+        self.progress = 0.0
+        self._made_for: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._forward = forward
+        self._teacher_forward = teacher_forward
         self._loss = loss
         self._label_weight = label_weight
-        self._labels = labels
+        self._parts = batch_parts
         self._class_map = class_map
         self._before = teachers.checksum(teacher)
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the weighted terms of a batch, by name; their sum is the loss."""
-        plan = self._plan(model)
-        output, student, teacher = self._run(model, batch, plan)
-        parts: dict[str, Tensor] = {}
-        if self._label_weight > 0:
-            parts["labels"] = self._label_weight * self._loss(output, batch)
-        for name, (term, ours, theirs) in plan.items():
-            try:
-                parts[name] = self._value(name, term, student[ours], teacher[theirs], batch)
-            except (RecipeError, ShapeError) as error:
-                raise type(error)(f"{name}: {error}") from error
+        parts, found = self._raw(model, batch)
+        for name, (term, _) in found.items():
+            parts[name] = self._weight(name, term) * parts[name]
+        if "labels" in parts:
+            parts["labels"] = now(self._label_weight, self.progress) * parts["labels"]
         return parts
 
     def prepare(self, student: nn.Module, batch: Batch, *, seed: int = 0) -> Self:
-        """Make the adapters that the terms need, and try all terms on a batch; before the optimizer is made.
+        """Make the adapters that the terms need, and find the weights that are to be found; before the optimizer.
+
+        All terms are tried on the batch, and a warning says which do next to nothing (`slivo.distill.balance`).
 
         Args:
             student: The model that will be trained; left as it was.
-            batch: Any batch of the data, on the student's device.
+            batch: Any batch of the data, on the student's device; weights are found better on more samples.
             seed: Of the adapters' initial weights.
 
         Returns:
@@ -196,17 +175,18 @@ class Distillation:
             SlivoError: If a path does not exist or a module does not run.
             ShapeError: If tensors do not fit each other.
         """
-        with evaluating(student), torch.no_grad():
-            plan = self._plan(student)
-            _, ours, theirs = self._run(student, batch, plan)
-            self.adapters = {}
-            for index, (name, (term, here, there)) in enumerate(plan.items()):
-                if "adapter" in term.supplied:
-                    pair = self._shared(term, ours[here], theirs[there])
-                    made = adapter(*pair, seed=seed + index)
-                    if made is not None:
-                        self.adapters[name] = made
-            self(student, batch)
+        self.adapters, self._made_for, self.weights = {}, {}, {}
+        with evaluating(student):
+            with torch.no_grad():
+                places = plan(self.terms, student, self.teacher)
+                _, ours, theirs = self._run(student, batch, places)
+                for index, (name, (term, place)) in enumerate(places.items()):
+                    if "adapter" in term.supplied:
+                        self._adapt(name, term, *self._pair(term, place, ours, theirs), seed=seed + index)
+            with torch.enable_grad():
+                parts, found = self._raw(student, batch)
+                norms = balance.gradient_norms(parts, student)
+        self._balance(norms, found)
         return self
 
     def parameters(self) -> list[Parameter]:
@@ -239,79 +219,102 @@ class Distillation:
         if kind is None:
             self.close()
 
-    def _plan(self, student: nn.Module) -> dict[str, tuple[Term, str, str]]:
-        """Return by name each term with its paths in student and teacher, looked up anew: models may change."""
-        plan: dict[str, tuple[Term, str, str]] = {}
-        for term in self.terms:
-            for ours, theirs in _pairs(term, student, self.teacher):
-                name = f"{term.name}@{ours}" if ours else term.name
-                count = sum(other == name or other.startswith(f"{name}#") for other in ("labels", *plan))
-                plan[f"{name}#{count + 1}" if count else name] = (term, ours, theirs)
-        return plan
+    def _raw(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Plan]:
+        """Return the terms of a batch by name, not weighted, and where they look."""
+        found = plan(self.terms, model, self.teacher)
+        output, ours, theirs = self._run(model, batch, found)
+        parts: dict[str, Tensor] = {}
+        if not isinstance(self._label_weight, int | float) or self._label_weight > 0:
+            parts["labels"] = self._loss(output, batch)
+        for name, (term, place) in found.items():
+            try:
+                parts[name] = self._value(name, term, *self._pair(term, place, ours, theirs), batch)
+            except (RecipeError, ShapeError) as error:
+                raise type(error)(f"{name}: {error}") from error
+        return parts, found
 
-    def _run(
-        self, student: nn.Module, batch: Batch, plan: Mapping[str, tuple[Term, str, str]]
-    ) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    def _run(self, student: nn.Module, batch: Batch, found: Plan) -> tuple[Any, Tapped, Tapped]:
         """Return the student's output, and by path what was tapped of both; the outputs are at the empty path."""
+        places = [place for _, place in found.values()]
         with teachers.frozen(self.teacher):
-            _, theirs = _outputs(
-                self.teacher, self._forward, batch, [there for _, _, there in plan.values()], "teacher"
-            )
-        output, ours = _outputs(student, self._forward, batch, [here for _, here, _ in plan.values()], "student")
+            paths = [path for place in places for path in place.teacher]
+            _, theirs = _outputs(self.teacher, self._teacher_forward, batch, paths, "teacher")
+        paths = [path for place in places for path in place.student]
+        output, ours = _outputs(student, self._forward, batch, paths, "student")
         return output, ours, theirs
+
+    def _pair(self, term: Term, place: Place, ours: Tapped, theirs: Tapped) -> tuple[Any, Any]:
+        """Return what a term compares: two tensors on the classes that both share, or two lists of tensors."""
+        if term.joint:
+            return [ours[path] for path in place.student], [theirs[path] for path in place.teacher]
+        student, teacher, classes = ours[place.student[0]], theirs[place.teacher[0]], self._classes(term)
+        return (student, teacher) if classes is None else classes.logits(student, teacher)
 
     def _classes(self, term: Term) -> ClassMap | None:
         """Return the class map of a term; the distillation's own is for the models' outputs only."""
-        return term.class_map or (self._class_map if term.places == ("", "") else None)
+        return term.class_map or (self._class_map if term.on_outputs else None)
 
-    def _shared(self, term: Term, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both on the classes they share, if there is a map of them."""
-        classes = self._classes(term)
-        return (student, teacher) if classes is None else classes.logits(student, teacher)
-
-    def _value(self, name: str, term: Term, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-        """Return a term's weighted loss."""
-        student, teacher = self._shared(term, student, teacher)
+    def _value(self, name: str, term: Term, student: Any, teacher: Any, batch: Batch) -> Tensor:
+        """Return a term's loss."""
         args: list[Any] = [student, teacher]
         for what in term.supplied:
             if what == "labels":
-                classes, labels = self._classes(term), self._labels(batch)
+                classes, labels = self._classes(term), self._parts.labels(batch)
                 args.append(labels if classes is None else classes.labels(labels))
+            elif what == "mask":
+                args.append(self._parts.mask(batch))
             else:
-                args.append(self._adapter(name, student, teacher))
-        value = term.function(*args, **term.params)
+                args.append(self._adapter(name, term, student, teacher))
+        value = term.function(*args, **term.options(self.progress))
         if value.dim():
             raise ShapeError(f"the loss has shape {shape(value)}; it must be one number, such as the mean over samples")
-        return term.weight * value
+        return value
 
-    def _adapter(self, name: str, student: Tensor, teacher: Tensor) -> nn.Module | None:
-        made = self.adapters.get(name)
-        sizes = channels(student), channels(teacher)
-        if made is None and sizes[0] != sizes[1]:
-            raise ShapeError(
-                f"the student has {sizes[0]} features and the teacher {sizes[1]}; call prepare(student, batch) "
-                "before training, and give parameters() to the optimizer"
+    def _weight(self, name: str, term: Term) -> float:
+        if term.weight != "auto":
+            return float(now(term.weight, self.progress))
+        if name not in self.weights:
+            raise RecipeError(
+                f"the weight of {name} is to be found; call prepare(student, batch) before training, or give a weight"
             )
-        if made is not None and tuple(next(made.parameters()).shape[:2]) != (sizes[1], sizes[0]):
+        return self.weights[name]
+
+    def _adapt(self, name: str, term: Term, student: Any, teacher: Any, *, seed: int) -> None:
+        """Make a term's adapter, if it needs one."""
+        made = make(term.function, term.options(0.0), student, teacher, seed=seed)
+        if made is not None:
+            self.adapters[name], self._made_for[name] = made, sizes(student, teacher)
+
+    def _adapter(self, name: str, term: Term, student: Any, teacher: Any) -> nn.Module | None:
+        made, (ours, theirs) = self.adapters.get(name), sizes(student, teacher)
+        if made is None and (ours != theirs or made_by(term.function)):
             raise ShapeError(
-                f"the adapter was not made for the student's {sizes[0]} and the teacher's {sizes[1]} features; "
-                "call prepare(student, batch) again after the student's shape has changed"
+                f"the student has {_listed(ours)} features and the teacher {_listed(theirs)}; call "
+                "prepare(student, batch) before training, and give parameters() to the optimizer"
+            )
+        if made is not None and self._made_for[name] != (ours, theirs):
+            raise ShapeError(
+                f"the adapter was not made for the student's {_listed(ours)} and the teacher's {_listed(theirs)} "
+                "features; call prepare(student, batch) again after the student's shape has changed"
             )
         return made
 
-
-def _pairs(term: Term, student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
-    """Return the paths that a term compares, by student and teacher."""
-    ours = match(student, term.places[0], role="student")
-    if isinstance(term.at, str):
-        return [(path, match(teacher, path, role="teacher")[0]) for path in ours]
-    theirs = match(teacher, term.places[1], role="teacher")
-    if len(ours) != len(theirs):
-        raise SlivoError(
-            f"{term.name} at {term.at}: {len(ours)} modules of the student match and {len(theirs)} of the teacher; "
-            "they are paired in order and must be as many"
-        )
-    return list(zip(ours, theirs, strict=True))
+    def _balance(self, norms: Mapping[str, float], found: Plan) -> None:
+        """Find the weights that are to be found, and warn of terms that do next to nothing."""
+        given = {name: float(now(term.weight, 0.5)) for name, (term, _) in found.items() if term.weight != "auto"}
+        if "labels" in norms:
+            given["labels"] = float(now(self._label_weight, 0.5))
+        shares = {name: weight * norms[name] for name, weight in given.items()}
+        # Where no weight is given, the first term is as it is, and the others are made as long.
+        longest = sum(shares.values()) or next((value for value in norms.values() if value > 0), 1.0)
+        for name in norms.keys() - given.keys():
+            self.weights[name] = longest / norms[name] if norms[name] > 0 else 1.0
+            shares[name] = self.weights[name] * norms[name]
+        if self.weights:
+            _log.info(
+                "weights by gradients: %s", ", ".join(f"{name} {value:.3g}" for name, value in self.weights.items())
+            )
+        balance.warn(shares)
 
 
 def _outputs(
@@ -329,3 +332,7 @@ def _outputs(
             raise SlivoError(f"the {role} puts out {type(output).__name__} without a tensor; return logits")
         seen[""] = logits
     return output, seen
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
