@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slivo.distill import Ramp
@@ -12,6 +12,7 @@ from slivo.errors import RecipeError
 SHARES = st.floats(0, 1)
 
 
+@settings(deadline=None, max_examples=100)
 @given(SHARES, SHARES, st.floats(-5, 5), st.floats(-5, 5), st.sampled_from(["linear", "cosine"]), SHARES, SHARES)
 def test_goes_from_start_to_end_and_never_back(one, other, start, end, shape, early, late):
     begin, until = sorted((one, other))

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from slivo.distill.adapt import adapted
 from slivo.distill.classes import ClassMap
+from slivo.distill.committee import Committee, committee, learn_voices
 from slivo.distill.objective import Distillation, distillation
 from slivo.distill.schedule import Ramp
 from slivo.distill.taps import tap
@@ -26,7 +27,20 @@ from slivo.tasks import Task, forward, loader
 from slivo.train import Hook, OptimizerSpec, Precision, fit
 from slivo.train.hooks import TrainState
 
-__all__ = ["ClassMap", "Distillation", "Ramp", "Result", "Term", "adapted", "distill", "distillation", "tap"]
+__all__ = [
+    "ClassMap",
+    "Committee",
+    "Distillation",
+    "Ramp",
+    "Result",
+    "Term",
+    "adapted",
+    "committee",
+    "distill",
+    "distillation",
+    "learn_voices",
+    "tap",
+]
 
 # A tenth of the learning rate from scratch: the student starts from weights that are worth keeping.
 _FINE_TUNING = OptimizerSpec(lr=0.01)
