@@ -17,6 +17,7 @@ from slivo.distill.classes import ClassMap
 from slivo.distill.committee import Committee, committee, learn_voices
 from slivo.distill.objective import Distillation, distillation
 from slivo.distill.schedule import Ramp
+from slivo.distill.student import Inherited, inherit
 from slivo.distill.taps import tap
 from slivo.distill.teacher import doubt
 from slivo.distill.terms import Term
@@ -31,6 +32,7 @@ __all__ = [
     "ClassMap",
     "Committee",
     "Distillation",
+    "Inherited",
     "Ramp",
     "Result",
     "Term",
@@ -38,6 +40,7 @@ __all__ = [
     "committee",
     "distill",
     "distillation",
+    "inherit",
     "learn_voices",
     "tap",
 ]
