@@ -16,6 +16,7 @@ from slivo.distill.adapt import adapted
 from slivo.distill.classes import ClassMap
 from slivo.distill.committee import Committee, committee, learn_voices
 from slivo.distill.objective import Distillation, distillation
+from slivo.distill.pairs import Pair, Pairs, propose
 from slivo.distill.schedule import Ramp
 from slivo.distill.student import Inherited, inherit
 from slivo.distill.taps import tap
@@ -33,6 +34,8 @@ __all__ = [
     "Committee",
     "Distillation",
     "Inherited",
+    "Pair",
+    "Pairs",
     "Ramp",
     "Result",
     "Term",
@@ -42,6 +45,7 @@ __all__ = [
     "distillation",
     "inherit",
     "learn_voices",
+    "propose",
     "tap",
 ]
 
