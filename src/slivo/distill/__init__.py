@@ -17,6 +17,7 @@ from slivo.distill.classes import ClassMap
 from slivo.distill.committee import Committee, committee, learn_voices
 from slivo.distill.objective import Distillation, distillation
 from slivo.distill.pairs import Pair, Pairs, propose
+from slivo.distill.peers import SelfTaught, labelled, mutual, self_taught
 from slivo.distill.schedule import Ramp
 from slivo.distill.student import Inherited, inherit
 from slivo.distill.taps import tap
@@ -38,14 +39,18 @@ __all__ = [
     "Pairs",
     "Ramp",
     "Result",
+    "SelfTaught",
     "Term",
     "adapted",
     "committee",
     "distill",
     "distillation",
     "inherit",
+    "labelled",
     "learn_voices",
+    "mutual",
     "propose",
+    "self_taught",
     "tap",
 ]
 
