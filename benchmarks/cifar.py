@@ -44,25 +44,32 @@ class Block(nn.Module):
         return (self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + shortcut).relu()
 
 
-class ResNet56(nn.Module):
-    """The network whose weights are given."""
+class ResNet(nn.Module):
+    """Three stages of so many blocks: 3 make a ResNet-20, 9 a ResNet-56."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, 1)
-        self.layer2 = self._stage(16, 32, 2)
-        self.layer3 = self._stage(32, 64, 2)
+        self.layer1 = self._stage(16, 16, 1, blocks)
+        self.layer2 = self._stage(16, 32, 2, blocks)
+        self.layer3 = self._stage(32, 64, 2, blocks)
         self.linear = nn.Linear(64, 10)
 
     @staticmethod
-    def _stage(inputs: int, width: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(Block(inputs, width, stride), *(Block(width, width, 1) for _ in range(8)))
+    def _stage(inputs: int, width: int, stride: int, blocks: int) -> nn.Sequential:
+        return nn.Sequential(Block(inputs, width, stride), *(Block(width, width, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify images, shape (batch, 3, 32, 32)."""
         x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
         return self.linear(x.mean((2, 3)))
+
+
+class ResNet56(ResNet):
+    """The network whose weights are given."""
+
+    def __init__(self) -> None:
+        super().__init__(9)
 
 
 def resnet56(folder: Path) -> ResNet56:
@@ -82,6 +89,14 @@ def decode(folder: Path, split: str, chosen: Sequence[int] | None = None) -> Ima
     raw = [Image.open(io.BytesIO(data[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB") for i in chosen]
     pixels = torch.from_numpy(np.stack([np.asarray(each) for each in raw])).permute(0, 3, 1, 2).contiguous()
     return pixels, torch.from_numpy(labels[list(chosen)])
+
+
+def some(images: Images, count: int | None) -> Images:
+    """Return so many images, always the same, of all classes; all if None. In the files they lie by class."""
+    if count is None:
+        return images
+    chosen = torch.randperm(len(images[1]), generator=torch.Generator().manual_seed(0))[:count]
+    return images[0][chosen], images[1][chosen]
 
 
 def normalize(pixels: Tensor) -> Tensor:

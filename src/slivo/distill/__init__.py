@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from slivo.distill.adapt import adapted
+from slivo.distill.choice import Rank, rank_teachers
 from slivo.distill.classes import ClassMap
 from slivo.distill.committee import Committee, committee, learn_voices
 from slivo.distill.objective import Distillation, distillation
@@ -38,6 +39,7 @@ __all__ = [
     "Pair",
     "Pairs",
     "Ramp",
+    "Rank",
     "Result",
     "SelfTaught",
     "Term",
@@ -50,6 +52,7 @@ __all__ = [
     "learn_voices",
     "mutual",
     "propose",
+    "rank_teachers",
     "self_taught",
     "tap",
 ]
