@@ -4,8 +4,8 @@ Usage: python benchmarks/rank_teachers.py [--epochs 6] [--seeds 0 1 2] [--json F
 
 Teachers of the digits: networks of several widths after few and many epochs, one trained on wrong labels in part, one
 that is too sure of itself, one untrained. The student is a narrow network with random weights. Each teacher's place by
-the trial (on 256 training images) is compared with its place by the test loss of a student that it really taught,
-and with its place by its own accuracy. Rank correlations are Spearman's.
+the trial (on 256 training images) is compared with its place by the test accuracy of a student that it really taught,
+and so is its place by its own accuracy. Rank correlations are Spearman's.
 """
 
 from __future__ import annotations
@@ -119,10 +119,12 @@ def main() -> None:
     for name, row in sorted(rows.items(), key=lambda item: -mean(item[1]["score"])):
         score, loss, accuracy = (mean(row[column]) for column in ("score", "loss", "accuracy"))
         print(f"| {name} | {own[name]:.1%} | {score:.3f} | {loss:.3f} | {accuracy:.1%} |")
-    real = [-mean(rows[name]["loss"]) for name in candidates]
+    real = [mean(rows[name]["accuracy"]) for name in candidates]
     by_score = spearman([mean(rows[name]["score"]) for name in candidates], real)
     by_accuracy = spearman([own[name] for name in candidates], real)
-    print(f"\nrank correlation with the student's loss: trial {by_score:.2f}, the teacher's accuracy {by_accuracy:.2f}")
+    print(
+        f"\nrank correlation with the student's accuracy: trial {by_score:.2f}, the teacher's accuracy {by_accuracy:.2f}"
+    )
     print(f"{seconds / len(options.seeds):.1f} s a ranking of {len(candidates)} teachers")
     if options.json:
         found = {"rows": rows, "own": own, "trial": by_score, "accuracy": by_accuracy, "seconds": seconds}

@@ -20,6 +20,7 @@ from slivo.distill.objective import Distillation, distillation
 from slivo.distill.pairs import Pair, Pairs, propose
 from slivo.distill.peers import SelfTaught, labelled, mutual, self_taught
 from slivo.distill.schedule import Ramp
+from slivo.distill.sequence import check_vocabularies, continued, on_policy, shared_places, teacher_texts
 from slivo.distill.student import Inherited, inherit
 from slivo.distill.taps import tap
 from slivo.distill.teacher import doubt
@@ -44,17 +45,22 @@ __all__ = [
     "SelfTaught",
     "Term",
     "adapted",
+    "check_vocabularies",
     "committee",
+    "continued",
     "distill",
     "distillation",
     "inherit",
     "labelled",
     "learn_voices",
     "mutual",
+    "on_policy",
     "propose",
     "rank_teachers",
     "self_taught",
+    "shared_places",
     "tap",
+    "teacher_texts",
 ]
 
 # A tenth of the learning rate from scratch: the student starts from weights that are worth keeping.

@@ -17,6 +17,9 @@ from slivo.errors import RecipeError, ShapeError
 from slivo.graph.capture import evaluating
 from slivo.graph.copies import duplicate
 
+_POWERS = [at / 2 for at in range(-4, 9)]
+"""Of 2: temperatures that are tried, from a quarter to 16."""
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -24,8 +27,9 @@ class Rank:
 
     Attributes:
         name: The teacher.
-        score: What a student knows of held-out labels after the trial: minus its cross-entropy, in nats, the mean over
-            folds. The higher the better; differences matter, not the value.
+        score: What a student knows of held-out labels after the trial: minus its cross-entropy, in nats, at the
+            temperature at which it is least (how sure it is can be mended afterwards), the mean over folds. The higher
+            the better; differences matter, not the value.
         accuracy: Of the teacher itself, on the batch.
         entropy: Of what it says, in nats, at temperature 1: near 0 it says no more than labels do.
         gap: Divergence of the student from it after the trial, in nats: large if it asks for more than the student can.
@@ -158,7 +162,8 @@ def _trial(setting: _Setting, told: Tensor, labels: Tensor, held: Tensor, seed: 
             optimizer.step()
     with evaluating(model), torch.no_grad():
         said = _said(run(model, _rows(setting.inputs, held)))
-    return -float(F.cross_entropy(said, labels[held])), float(logits.kd(said, told[held], temperature=1.0))
+    surest = min(float(F.cross_entropy(said / 2**power, labels[held])) for power in _POWERS)
+    return -surest, float(logits.kd(said, told[held], temperature=1.0))
 
 
 def _rows(inputs: Any, chosen: Tensor) -> Any:
