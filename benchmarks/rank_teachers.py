@@ -122,9 +122,7 @@ def main() -> None:
     real = [mean(rows[name]["accuracy"]) for name in candidates]
     by_score = spearman([mean(rows[name]["score"]) for name in candidates], real)
     by_accuracy = spearman([own[name] for name in candidates], real)
-    print(
-        f"\nrank correlation with the student's accuracy: trial {by_score:.2f}, the teacher's accuracy {by_accuracy:.2f}"
-    )
+    print(f"\nrank correlation with the student's accuracy: trial {by_score:.2f}, own accuracy {by_accuracy:.2f}")
     print(f"{seconds / len(options.seeds):.1f} s a ranking of {len(candidates)} teachers")
     if options.json:
         found = {"rows": rows, "own": own, "trial": by_score, "accuracy": by_accuracy, "seconds": seconds}
