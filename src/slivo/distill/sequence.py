@@ -167,8 +167,8 @@ def check_vocabularies(student: Mapping[str, int] | Any, teacher: Mapping[str, i
     if wrong:
         shown = ", ".join([repr(text) for text in sorted(wrong)[:3]] + ["…"] * (len(wrong) > 3))
         raise SlivoError(
-            f"student and teacher number {len(wrong)} of {len(ours)} tokens differently ({shown}): their logits are not "
-            "about the same. Give the student the teacher's tokenizer, train it on what the teacher says as text "
+            f"student and teacher number {len(wrong)} of {len(ours)} tokens differently ({shown}): their logits say "
+            "different things. Give the student the teacher's tokenizer, train it on what the teacher says as text "
             "(teacher_texts), or compare hidden states where both end a token (shared_places)"
         )
 
