@@ -25,6 +25,7 @@ from slivo.distill.student import Inherited, inherit
 from slivo.distill.taps import tap
 from slivo.distill.teacher import doubt
 from slivo.distill.terms import Term
+from slivo.distill.trainers import TrainerMixin
 from slivo.errors import ArtifactError
 from slivo.graph.copies import duplicate
 from slivo.measure import quality
@@ -44,6 +45,7 @@ __all__ = [
     "Result",
     "SelfTaught",
     "Term",
+    "TrainerMixin",
     "adapted",
     "check_vocabularies",
     "committee",
