@@ -107,3 +107,13 @@ def test_a_comparison_runs_and_goes_on_from_its_folder(
     script.main()
     assert json.loads(file.read_text(encoding="utf-8"))["rows"] == rows
     assert "epoch 1" not in capsys.readouterr().out
+
+
+def test_steps_of_a_distillation_are_timed_in_every_way(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "benchmarks/distill_step.py", "--batch", "2", "--steps", "2", "--json", str(file)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert not found.stderr
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["lesson"] for row in rows] == ["logits", "logits and a feature map"]
+    assert all(row["ms"].keys() == {"plain", "teacher", "live", "first", "warm"} for row in rows)

@@ -10,6 +10,7 @@ from torch import nn
 
 from slivo import losses
 from slivo.distill import committee, distillation, learn_voices, logits
+from slivo.distill.teacher import checksum
 from slivo.errors import RecipeError, ShapeError
 
 
@@ -68,6 +69,12 @@ def test_confidence_goes_to_the_surer_member_of_each_sample():
     weights = [math.exp(-each) for each in entropies]
     expected = (weights[0] / (1 + math.exp(-9)) + weights[1] / 2) / sum(weights)
     assert found[0, 0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_all_that_its_word_hangs_on_is_in_its_checksum():
+    teachers = members(2)
+    voices = [("equal", 4.0), ("confidence", 4.0), ([1, 2], 4.0), ("equal", 1.0)]
+    assert len({checksum(committee(teachers, voice, temperature=at)) for voice, at in voices}) == 4
 
 
 def test_extreme_logits_stay_finite():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from slivo.distill.adapt import adapted
+from slivo.distill.cache import Cached, cached, fill
 from slivo.distill.choice import Rank, rank_teachers
 from slivo.distill.classes import ClassMap
 from slivo.distill.committee import Committee, committee, learn_voices
@@ -26,6 +27,7 @@ from slivo.distill.taps import tap
 from slivo.distill.teacher import doubt
 from slivo.distill.terms import Term
 from slivo.distill.trainers import TrainerMixin
+from slivo.distill.views import Views
 from slivo.errors import ArtifactError
 from slivo.graph.copies import duplicate
 from slivo.measure import quality
@@ -34,6 +36,7 @@ from slivo.train import Hook, OptimizerSpec, Precision, fit
 from slivo.train.hooks import TrainState
 
 __all__ = [
+    "Cached",
     "ClassMap",
     "Committee",
     "Distillation",
@@ -46,12 +49,15 @@ __all__ = [
     "SelfTaught",
     "Term",
     "TrainerMixin",
+    "Views",
     "adapted",
+    "cached",
     "check_vocabularies",
     "committee",
     "continued",
     "distill",
     "distillation",
+    "fill",
     "inherit",
     "labelled",
     "learn_voices",
@@ -84,7 +90,7 @@ class Result:
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | Cached,
     task: Task,
     losses: Sequence[Term],
     *,
@@ -103,7 +109,8 @@ def distill(
 
     Args:
         student: The model to start from, on the device to train on; left untouched.
-        teacher: The model to learn from; left untouched.
+        teacher: The model to learn from; left untouched. Or one whose answers are kept on disk (`cached`), for a task
+            whose training data are the same `Views`.
         task: Data, inputs, and the loss on labels.
         losses: What is compared; see `slivo.losses`. ``[slivo.losses.kd(weight=0.9)]`` is a good start.
         epochs: Passes over the training data.
@@ -140,7 +147,9 @@ def distill(
     """
     model = duplicate(student)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if any(tensor.device != device for tensor in (*teacher.parameters(), *teacher.buffers())):
+    if isinstance(teacher, Cached):
+        teacher = teacher.to(device)
+    elif any(tensor.device != device for tensor in (*teacher.parameters(), *teacher.buffers())):
         teacher = duplicate(teacher).to(device)
     objective = distillation(
         teacher, partial(forward, task), task.loss, losses, label_weight=label_weight, class_map=class_map
@@ -150,7 +159,7 @@ def distill(
             batch = next(iter(loader(task, "train", batch_size=batch_size)))
             objective.prepare(model, pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch), seed=seed)
             if task.primary == "accuracy" and class_map is None:
-                doubt(quality(teacher, task, "val")["accuracy"], 1 / len(task.classes))
+                doubt(quality(objective.teacher, task, "val")["accuracy"], 1 / len(task.classes))
         history = fit(
             model,
             loader(task, "train", batch_size=batch_size, seed=seed),

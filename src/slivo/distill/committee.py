@@ -31,13 +31,16 @@ class Committee(nn.Module):
     """
 
     shares: Tensor
+    confident: Tensor
+    temperature: Tensor
 
     def __init__(self, teachers: Sequence[nn.Module], shares: Tensor, *, confident: bool, temperature: float) -> None:
         super().__init__()
         self.teachers = nn.ModuleList(teachers)
         self.register_buffer("shares", shares)
-        self.confident = confident
-        self.temperature = temperature
+        # Buffers, all of it: what is said hangs on them as on weights.
+        self.register_buffer("confident", torch.tensor(confident))
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return logits, shape (batch, ..., classes): T log Σ wᵢ softmax(zᵢ / T)."""
@@ -155,4 +158,4 @@ def learn_voices(
         shares = F.softmax(shares.log() + likely, dim=0).mean(1, keepdim=True)
     shares = shares.flatten().to(members.shares)
     _log.info("voices of the committee: %s", ", ".join(f"{share:.3f}" for share in shares))
-    return Committee(list(members.teachers), shares, confident=False, temperature=members.temperature)
+    return Committee(list(members.teachers), shares, confident=False, temperature=float(members.temperature))

@@ -56,7 +56,7 @@ class BatchParts:
 
 
 def distillation(
-    teacher: nn.Module,
+    teacher: nn.Module | teachers.Source,
     task_forward: Callable[[nn.Module, Batch], Any],
     task_loss: Callable[[Any, Batch], Tensor],
     terms: Iterable[Term],
@@ -71,6 +71,7 @@ def distillation(
 
     Args:
         teacher: Run in evaluation mode and without gradients, then left as it was; not copied. On the student's device.
+            Or one whose answers are kept on disk (`slivo.distill.cache.cached`), for batches that carry keys.
         task_forward: ``(model, batch)`` to the model's output, for both models.
         task_loss: ``(output, batch)`` to a scalar, the mean over samples.
         terms: What is compared; see `slivo.losses`.
@@ -126,7 +127,7 @@ class Distillation:
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | teachers.Source,
         forward: Callable[[nn.Module, Batch], Any],
         loss: Callable[[Any, Batch], Tensor],
         terms: tuple[Term, ...],
@@ -135,7 +136,8 @@ class Distillation:
         class_map: ClassMap | None,
         teacher_forward: Callable[[nn.Module, Batch], Any],
     ) -> None:
-        self.teacher = teacher
+        self.teacher = teacher if isinstance(teacher, nn.Module) else teacher.model
+        self._source = None if isinstance(teacher, nn.Module) else teacher
         self.terms = terms
         self.adapters: dict[str, nn.Module] = {}
         self.weights: dict[str, float] = {}
@@ -147,7 +149,7 @@ class Distillation:
         self._label_weight = label_weight
         self._parts = batch_parts
         self._class_map = class_map
-        self._before = teachers.checksum(teacher)
+        self._before = teachers.checksum(self.teacher)
 
     def __call__(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the weighted terms of a batch, by name; their sum is the loss."""
@@ -199,7 +201,8 @@ class Distillation:
         said = [
             (term.name, sorted(term.params.items()), term.weight, term.at, self._classes(term)) for term in self.terms
         ]
-        return {"teacher": self._before, "losses": repr(said), "label_weight": repr(self._label_weight)}
+        taught = self._before if self._source is None else f"{self._before} {self._source.lesson}"
+        return {"teacher": taught, "losses": repr(said), "label_weight": repr(self._label_weight)}
 
     def close(self) -> None:
         """Check that the teacher has not changed.
@@ -236,9 +239,11 @@ class Distillation:
     def _run(self, student: nn.Module, batch: Batch, found: Plan) -> tuple[Any, Tapped, Tapped]:
         """Return the student's output, and by path what was tapped of both; the outputs are at the empty path."""
         places = [place for _, place in found.values()]
-        with teachers.frozen(self.teacher):
-            paths = [path for place in places for path in place.teacher]
-            _, theirs = _outputs(self.teacher, self._teacher_forward, batch, paths, "teacher")
+        paths = [path for place in places for path in place.teacher]
+        if self._source is None:
+            theirs = answers(self.teacher, self._teacher_forward, batch, paths)
+        else:
+            theirs = self._source.outputs(self._teacher_forward, batch, paths)
         paths = [path for place in places for path in place.student]
         output, ours = _outputs(student, self._forward, batch, paths, "student")
         return output, ours, theirs
@@ -315,6 +320,14 @@ class Distillation:
                 "weights by gradients: %s", ", ".join(f"{name} {value:.3g}" for name, value in self.weights.items())
             )
         balance.warn(shares)
+
+
+def answers(
+    teacher: nn.Module, forward: Callable[[nn.Module, Batch], Any], batch: Batch, paths: Sequence[str]
+) -> dict[str, Tensor]:
+    """Run a teacher and return by path what its modules put out; its output is at the empty path."""
+    with teachers.frozen(teacher):
+        return _outputs(teacher, forward, batch, paths, "teacher")[1]
 
 
 def _outputs(

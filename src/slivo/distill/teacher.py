@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slivo.errors import SlivoError
 from slivo.graph.capture import evaluating
 
 _log = logging.getLogger("slivo")
+
+
+class Source(Protocol):
+    """What answers in a teacher's place, such as `slivo.distill.cache.Cached`."""
+
+    model: nn.Module
+    """The teacher itself."""
+
+    @property
+    def lesson(self) -> str:
+        """What its answers depend on beside the teacher."""
+
+    def outputs(self, forward: Callable[[nn.Module, Any], Any], batch: Any, paths: Sequence[str]) -> dict[str, Tensor]:
+        """Return by path what the teacher's modules put out for a batch; its output is at the empty path."""
 
 
 @contextmanager
