@@ -4,7 +4,7 @@ Usage: python benchmarks/rank_teachers.py [--epochs 6] [--seeds 0 1 2] [--json F
 
 Teachers of the digits: networks of several widths after few and many epochs, one trained on wrong labels in part, one
 that is too sure of itself, one untrained. The student is a narrow network with random weights. Each teacher's place by
-the trial (on 256 training images) is compared with its place by the test accuracy of a student that it really taught,
+the trial is compared with its place by the test accuracy of a student that it really taught,
 and so is its place by its own accuracy. Rank correlations are Spearman's.
 """
 
@@ -89,11 +89,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, help="training images that the trial has; all if not given")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     task = digits()
     candidates = teachers(task)
-    batch = tuple(each[:256] for each in tensors(task, "train"))
+    batch = tuple(each[: options.samples] for each in tensors(task, "train"))
     images, labels = tensors(task, "test")
     rows: dict[str, dict[str, list[float]]] = {name: {"score": [], "loss": [], "accuracy": []} for name in candidates}
     seconds = 0.0

@@ -75,13 +75,18 @@ def _known(env: ShapeEnv, expr: sympy.Basic) -> tuple[Known, ...]:
     """
     values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
     found = []
-    for symbol in sorted(expr.free_symbols, key=str):
+    for symbol in _symbols(expr):
         if not symbol.is_integer:
             raise KeyError(symbol)
         limits = env.var_to_range[symbol]
         greatest = None if limits.upper == int_oo else int(limits.upper)
         found.append((symbol, int(values[symbol]), int(limits.lower), greatest))
     return tuple(found)
+
+
+@functools.lru_cache(4096)
+def _symbols(expr: sympy.Basic) -> list[sympy.Symbol]:
+    return sorted(expr.free_symbols, key=str)
 
 
 @functools.lru_cache(4096)
