@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from slivo import losses
-from slivo.distill import ClassMap, Term, features, logits, relations
+from slivo.distill import ClassMap, Term, contrast, features, logits, maps, relations, tokens
 from slivo.errors import RecipeError
 
-MODULES = (logits, features, relations)
+MODULES = (logits, features, maps, relations, contrast, tokens)
 ON_LOGITS = [name for name in losses.names() if hasattr(logits, name)]
 PLACED = [name for name in losses.names() if name not in ON_LOGITS]
 
@@ -74,6 +74,8 @@ def test_options_reach_the_term():
     assert losses.kd(class_map=ClassMap((0, 1))).class_map == ClassMap((0, 1))
     assert losses.kd(class_map=None).class_map is None
     assert losses.rkd_angle(at="x", chunk=8).params == {"chunk": 8}
+    # Right for other widths than a trial's.
+    assert losses.relation(at="x", heads=12).params == {"heads": 12}
 
 
 @pytest.mark.parametrize("wrong", [{}, {"kd": {}, "mse": {}}, "kd", None, ["kd"]])
@@ -115,6 +117,14 @@ def test_a_loss_is_one_name_with_options(wrong):
         ({"skewed_kl": {"alpha": 1}}, "loss skewed_kl: alpha is 1.0; it must be 0 or above and below 1"),
         ({"dkd": {"alpha": -1}}, "loss dkd: alpha is -1.0; it must be 0 or above"),
         ({"dist": {"gamma": -1}}, "loss dist: gamma is -1.0; it must be 0 or above"),
+        ({"ab": {"at": "a", "margin": 0}}, "loss ab: margin is 0.0; it must be a number above 0"),
+        ({"cwd": {"at": "a", "temperature": 0}}, "loss cwd: temperature is 0.0; it must be a number above 0"),
+        ({"crd": {"at": "a", "temperature": 0}}, "loss crd: temperature is 0.0; it must be a number above 0"),
+        ({"crd": {"at": "a", "features": 0}}, "loss crd: features is 0 and queue 0; features must be 1 or more"),
+        ({"queue_kl": {"at": "a", "queue": -1}}, "loss queue_kl: .*queue -1; .*queue 0 or more"),
+        ({"queue_kl": {"at": "a", "temperature": -1}}, "loss queue_kl: temperature is -1.0"),
+        ({"relation": {"at": "a", "heads": 0}}, "loss relation: heads is 0; it must be 1 or more"),
+        ({"attention_relation": {"at": "a", "heads": -1}}, "loss attention_relation: heads is -1"),
         ({"rkd_angle": {"at": "a", "chunk": 0}}, "loss rkd_angle: chunk is 0; it must be 1 or more"),
         ({"correlation_congruence": {"at": "a", "gamma": 0}}, "loss correlation_congruence: gamma is 0.0"),
     ],

@@ -1,7 +1,8 @@
 """The losses of distillation by name: ``slivo.losses.kd(temperature=4, weight=0.9)`` is a term of an objective.
 
 What there is, and with which options, comes from the functions themselves: every public function of
-`slivo.distill.logits`, `slivo.distill.features` and `slivo.distill.relations` is a loss. Each builder takes the
+`slivo.distill.logits`, `slivo.distill.features`, `slivo.distill.maps`, `slivo.distill.relations`,
+`slivo.distill.contrast` and `slivo.distill.tokens` is a loss. Each builder takes the
 function's options, and besides ``weight``, ``at`` (needed by all but the losses on logits, which compare the models'
 outputs unless told otherwise) and, for logits, ``class_map``. A number may be a `slivo.distill.Ramp`, in recipes
 ``{start: 0, end: 0.9, until: 0.5}``. Losses on activations are weighted automatically (``"auto"``) unless told
@@ -25,7 +26,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from slivo.distill import features, logits, relations
+from slivo.distill import contrast, features, logits, maps, relations, tokens
 from slivo.distill.adapt import make
 from slivo.distill.classes import ClassMap
 from slivo.distill.schedule import Ramp, now
@@ -132,7 +133,7 @@ def _functions() -> dict[str, FunctionType]:
     """Return the public functions of the modules that hold losses, by name."""
     return {
         name: value
-        for module in (logits, features, relations)
+        for module in (logits, features, maps, relations, contrast, tokens)
         for name, value in vars(module).items()
         if isinstance(value, FunctionType) and value.__module__ == module.__name__ and not name.startswith("_")
     }
@@ -237,6 +238,8 @@ def _try(function: FunctionType, params: Mapping[str, Any]) -> None:
         function(given, given, *(extra[name] for name in supplied(function)), **params)
     except RecipeError as error:
         raise RecipeError(f"loss {function.__name__}: {error}") from error
+    except ShapeError:
+        return  # An option may be right for other widths than of these few numbers, such as a number of heads.
 
 
 def _near(name: str, known: list[str]) -> str:

@@ -434,3 +434,38 @@ def test_dkd_leaves_out_samples_without_a_label_or_without_a_rest():
 
 def test_l1_is_the_mean_distance():
     assert l1(torch.zeros(2, 4), torch.tensor([[1.0, -1, 1, -1], [3, 3, 3, 3]])) == 2
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("garbage", [0.0, 1e30, math.nan, INF])
+def test_tokens_that_do_not_count_change_neither_value_nor_slope(name, garbage):
+    student, teacher = draw(3, 4, CLASSES)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    counted, labels = mask.bool(), torch.arange(12).view(3, 4) % CLASSES
+    padded = [each.masked_fill(~counted[..., None], garbage) for each in (student, teacher)]
+    found = []
+    for ours, theirs, given in (
+        (student[counted], teacher[counted], (None, labels[counted])),
+        (*padded, (mask, labels)),
+        (*padded, (counted, labels)),
+    ):
+        leaf = ours.clone().requires_grad_()
+        more = [given[1], given[0]] if name == "dkd" else [given[0]]
+        value = getattr(logits, name)(leaf, theirs, *more)
+        (slope,) = torch.autograd.grad(value, leaf)
+        found.append((value.detach(), slope if slope.dim() == 2 else slope[counted]))
+        assert slope.dim() == 2 or (slope[~counted] == 0).all()
+    for value, slope in found[1:]:
+        torch.testing.assert_close(value, found[0][0])
+        torch.testing.assert_close(slope, found[0][1])
+
+
+def test_masks_are_of_tokens_and_of_no_account_without_them():
+    student, teacher = draw(3, CLASSES)
+    assert kd(student, teacher, torch.ones(3, 7)) == kd(student, teacher)
+    assert kd(student, teacher, torch.tensor([1, 0, 1])) == kd(student[[0, 2]], teacher[[0, 2]])
+    tokens = torch.zeros(3, 4, CLASSES)
+    assert kd(tokens, tokens + 1, torch.zeros(3, 4)) == 0
+    for wrong in (torch.ones(3, 5), torch.ones(3)):
+        with pytest.raises(ShapeError, match=r"mask has shape .*one for each row of logits, shape \(3, 4\); distillat"):
+            kd(tokens, tokens, wrong)

@@ -330,7 +330,10 @@ def test_a_loss_that_is_no_number_is_refused():
 
 def test_runs_under_autocast():
     student, teacher = nets((4,), (6,))
-    terms = [losses.build({name: {"at": "stem"} if name not in vars(logits) else None}) for name in losses.names()]
+    joint = {name: {"stem": "stem", "norm": "norm"} for name in ("fsp", "review", "attention_relation")}
+    terms = [
+        losses.build({name: {} if name in vars(logits) else {"at": joint.get(name, "stem")}}) for name in losses.names()
+    ]
     made, batch = objective(teacher, *terms), batch_of()
     made.prepare(student, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -190,7 +190,9 @@ class _Lesson(Hook):
         self.objective.progress = state.step / state.total_steps
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.objective.lesson, "weights": dict(self.objective.weights)}
+        # Adapters' parameters are the training's own; what else they keep, such as a queue, is no parameter.
+        kept = {name: dict(made.named_buffers()) for name, made in self.objective.adapters.items()}
+        return {**self.objective.lesson, "weights": dict(self.objective.weights), "kept": kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in self.objective.lesson.items():
@@ -200,3 +202,6 @@ class _Lesson(Hook):
                     "remove it, or give another path"
                 )
         self.objective.weights = dict(state["weights"])  # found when the training began
+        for name, made in self.objective.adapters.items():
+            for key, buffer in made.named_buffers():
+                buffer.copy_(state["kept"][name][key])

@@ -7,17 +7,15 @@ weights hold for any batch size. Where maps must be of one size, each is average
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slivo.distill._tensors import gram, nothing, same_batch, shape, unit, widen
-from slivo.errors import ShapeError
+from slivo.distill._maps import Adapter, aligned, fitted, places
+from slivo.distill._tensors import gram, nothing, same_batch, unit, widen
 
 
-def hint(student: Tensor, teacher: Tensor, adapter: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def hint(student: Tensor, teacher: Tensor, adapter: Adapter | None = None) -> Tensor:
     """Mean squared difference of activations, over all entries.
 
     Args:
@@ -34,16 +32,8 @@ def hint(student: Tensor, teacher: Tensor, adapter: Callable[[Tensor], Tensor] |
 
     Source: Romero et al. 2014, "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550, eq. 3 (there half the sum).
     """
-    student, teacher = _aligned(student, teacher)
-    if adapter is not None:
-        with torch.autocast(student.device.type, enabled=False):
-            student = adapter(student)
-    if student.shape != teacher.shape:
-        raise ShapeError(
-            f"student activations {shape(student)} and teacher activations {shape(teacher)} differ in features; "
-            "give an adapter, or let distillation(...).prepare(student, batch) make one"
-        )
-    return F.mse_loss(student, teacher)
+    student, teacher = aligned(student, teacher)
+    return F.mse_loss(fitted(student, teacher, adapter), teacher)
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
@@ -63,8 +53,8 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Zagoruyko, Komodakis 2017, "Paying More Attention to Attention", arXiv:1612.03928, eq. 2
     (there half the norm, not squared).
     """
-    student, teacher = _aligned(student, teacher)
-    maps = [unit(_rows(tensor).square().sum(1)) for tensor in (student, teacher)]
+    student, teacher = aligned(student, teacher)
+    maps = [unit(places(tensor).square().sum(1)) for tensor in (student, teacher)]
     return (maps[0] - maps[1]).square().sum(-1).mean()
 
 
@@ -130,40 +120,9 @@ def nst(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Huang, Wang 2017, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", arXiv:1707.01219,
     eq. 7 with the polynomial kernel of order 2.
     """
-    student, teacher = (unit(_rows(tensor)) for tensor in _aligned(student, teacher))
+    student, teacher = (unit(places(tensor)) for tensor in aligned(student, teacher))
     pairs = ((student, student, 1), (teacher, teacher, 1), (student, teacher, -2))
     return torch.stack([sign * gram(a, b).square().mean() for a, b, sign in pairs]).sum()
-
-
-def _aligned(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both widened and pooled to the smaller of their sizes of space, or numbers of tokens."""
-    same_batch(student, teacher, least=2)
-    student, teacher = widen(student, teacher)
-    if student.dim() != teacher.dim() or student.dim() > 5:
-        raise ShapeError(
-            f"student activations {shape(student)} and teacher activations {shape(teacher)} must have one number of "
-            "dimensions, 2 to 5; tap places of one kind, or use a relation (sp, rkd_distance), which takes any"
-        )
-    space = slice(1, -1) if student.dim() == 3 else slice(2, None)
-    size = [min(pair) for pair in zip(student.shape[space], teacher.shape[space], strict=True)]
-    return _pooled(student, size, space), _pooled(teacher, size, space)
-
-
-def _pooled(tensor: Tensor, size: list[int], space: slice) -> Tensor:
-    if list(tensor.shape[space]) == size:
-        return tensor
-    if tensor.dim() == 3:
-        return F.adaptive_avg_pool1d(tensor.transpose(1, 2), size[0]).transpose(1, 2)
-    if tensor.dim() == 4:
-        return F.adaptive_avg_pool2d(tensor, (size[0], size[1]))
-    return F.adaptive_avg_pool3d(tensor, (size[0], size[1], size[2]))
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return maps as (batch, channels, places)."""
-    if tensor.dim() < 3:
-        raise ShapeError(f"activations {shape(tensor)} have no places; tap a module whose output has space or tokens")
-    return tensor.transpose(1, 2) if tensor.dim() == 3 else tensor.flatten(2)
 
 
 def _neighbors(rows: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 All are pure and scalar: a mean over the samples (all leading dimensions), in nats where they are divergences. They are
 computed in float32 at least, and no gradient flows into the teacher. A class at minus infinity in either is masked: it
-is left out of both distributions, and a sample (or token) with no class left is left out of the mean. Options out of
-range raise a RecipeError.
+is left out of both distributions, and a sample (or token) with no class left is left out of the mean, as is one that
+``mask`` does not count (True or 1 where it does). The mask of a batch's tokens is of no account for logits that have no
+tokens, such as of a text's class. Options out of range raise a RecipeError.
 
 Where there is a temperature T the loss is multiplied by T², without which its gradient would fade as 1/T²: a weight
 found at one temperature then holds for others. (Not for `dist`: correlations do not fade, its T² is the authors'.)
@@ -17,16 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slivo.distill._tensors import center, class_indices, positive, shape, share, unit, weight, widen
+from slivo.distill._probabilities import checked, kl, log_probabilities, mean, mixed, softened
+from slivo.distill._tensors import center, class_indices, positive, shape, share, unit, weight
 from slivo.errors import ShapeError
 
 
-def kd(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
+def kd(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, temperature: float = 4.0) -> Tensor:
     """Kullback-Leibler divergence of the softened classes, teacher to student, times T².
 
     Args:
         student: Logits, shape (..., classes), any float type.
         teacher: Logits of the same shape.
+        mask: Which samples or tokens count, shape (...); None for all.
         temperature: T > 0. 4 suits a hundred classes or fewer; 1-2 thousands, where a hot softmax is nearly uniform.
 
     Returns:
@@ -41,11 +44,13 @@ def kd(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
         >>> kd(torch.tensor([[0.0, 1.0]]), torch.tensor([[5.0, 6.0]])).item()
         0.0
     """
-    log_t, log_s, masked = _softened(student, teacher, temperature)
-    return temperature**2 * _mean(_kl(log_t, log_s), masked)
+    log_t, log_s, masked = softened(student, teacher, mask, temperature)
+    return temperature**2 * mean(kl(log_t, log_s), masked)
 
 
-def soft_cross_entropy(student: Tensor, teacher: Tensor, *, temperature: float = 4.0) -> Tensor:
+def soft_cross_entropy(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, temperature: float = 4.0
+) -> Tensor:
     """Cross-entropy of the student under the teacher's softened classes, times T².
 
     Its gradient is that of `kd`; its value has the teacher's entropy in it and does not reach 0.
@@ -53,6 +58,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, *, temperature: float =
     Args:
         student: Logits, shape (..., classes), any float type.
         teacher: Logits of the same shape.
+        mask: Which samples or tokens count, shape (...); None for all.
         temperature: T > 0, as in `kd`.
 
     Returns:
@@ -63,16 +69,17 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, *, temperature: float =
 
     Source: Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2.
     """
-    log_t, log_s, masked = _softened(student, teacher, temperature)
-    return temperature**2 * _mean(-(log_t.exp() * log_s).sum(-1), masked)
+    log_t, log_s, masked = softened(student, teacher, mask, temperature)
+    return temperature**2 * mean(-(log_t.exp() * log_s).sum(-1), masked)
 
 
-def mse(student: Tensor, teacher: Tensor) -> Tensor:
+def mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared difference of the logits, over samples and classes.
 
     Args:
         student: Logits, shape (..., classes), any float type.
         teacher: Logits of the same shape.
+        mask: Which samples or tokens count, shape (...); None for all.
 
     Returns:
         Scalar.
@@ -82,16 +89,17 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Ba, Caruana 2014, "Do Deep Nets Really Need to be Deep?", arXiv:1312.6184, eq. 2 (there half the sum).
     """
-    student, teacher, masked = _checked(student, teacher)
+    student, teacher, masked = checked(student, teacher, mask)
     return _entrywise((student - teacher).masked_fill(masked, 0.0).square(), masked)
 
 
-def l1(student: Tensor, teacher: Tensor) -> Tensor:
+def l1(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean absolute difference of the logits, over samples and classes.
 
     Args:
         student: Logits, shape (..., classes), any float type.
         teacher: Logits of the same shape.
+        mask: Which samples or tokens count, shape (...); None for all.
 
     Returns:
         Scalar.
@@ -99,16 +107,17 @@ def l1(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ShapeError: If the shapes differ.
     """
-    student, teacher, masked = _checked(student, teacher)
+    student, teacher, masked = checked(student, teacher, mask)
     return _entrywise((student - teacher).masked_fill(masked, 0.0).abs(), masked)
 
 
-def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """One minus the cosine between the logits of a sample, from 0 (same direction) to 2.
 
     Args:
         student: Logits, shape (..., classes), any float type.
         teacher: Logits of the same shape.
+        mask: Which samples or tokens count, shape (...); None for all.
 
     Returns:
         Scalar, the mean over samples. Logits that are all 0 have no direction: their cosine is 0.
@@ -118,15 +127,16 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Sanh, Debut, Chaumond, Wolf 2019, "DistilBERT", arXiv:1910.01108, section 2 (there of hidden states).
     """
-    student, teacher, masked = _checked(student, teacher)
+    student, teacher, masked = checked(student, teacher, mask)
     directions = [unit(logits.masked_fill(masked, 0.0)) for logits in (student, teacher)]
-    return _mean(1 - (directions[0] * directions[1]).sum(-1), masked)
+    return mean(1 - (directions[0] * directions[1]).sum(-1), masked)
 
 
 def dkd(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
+    mask: Tensor | None = None,
     *,
     temperature: float = 4.0,
     alpha: float = 1.0,
@@ -142,6 +152,7 @@ def dkd(
         teacher: Logits of the same shape.
         labels: Class of each sample, shape (...), integers. A sample with a label below 0 or one that is masked is
             left out, and so is one with no other class.
+        mask: Which samples or tokens count, shape (...); None for all.
         temperature: T > 0, as in `kd`.
         alpha: Weight of KL between (label, rest).
         beta: Weight of KL within the rest. 8 as in most of the paper's runs; 1-2 where teacher and student are close.
@@ -157,7 +168,7 @@ def dkd(
     positive("temperature", temperature)
     weight("alpha", alpha)
     weight("beta", beta)
-    student, teacher, masked = _checked(student, teacher)
+    student, teacher, masked = checked(student, teacher, mask)
     classes = student.shape[-1]
     if classes < 3:
         raise ShapeError(f"dkd got {classes} classes and needs 3: with 2 the rest is one class; use kd")
@@ -167,13 +178,21 @@ def dkd(
     student, teacher, masked, target = (each[valid] for each in (student, teacher, masked, target))
     if not len(student):
         return student.sum()
-    label = [_against_rest(_log_probs(logits, masked, temperature), target, masked) for logits in (teacher, student)]
-    rest = [_log_probs(logits, masked | target, temperature) for logits in (teacher, student)]
-    return temperature**2 * (alpha * _kl(*label) + beta * _kl(*rest)).mean()
+    label = [
+        _against_rest(log_probabilities(logits, masked, temperature), target, masked) for logits in (teacher, student)
+    ]
+    rest = [log_probabilities(logits, masked | target, temperature) for logits in (teacher, student)]
+    return temperature**2 * (alpha * kl(*label) + beta * kl(*rest)).mean()
 
 
 def dist(
-    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    beta: float = 1.0,
+    gamma: float = 1.0,
 ) -> Tensor:
     """One minus the Pearson correlation of the softened classes, within samples and within classes, times T².
 
@@ -182,6 +201,7 @@ def dist(
     Args:
         student: Logits, shape (..., classes), any float type.
         teacher: Logits of the same shape.
+        mask: Which samples or tokens count, shape (...); None for all.
         temperature: T > 0. 1 on thousands of classes, 4 on a hundred.
         beta: Weight of the correlation over the classes of a sample.
         gamma: Weight of the correlation over the samples of a class; needs dozens of samples to mean anything.
@@ -197,7 +217,7 @@ def dist(
     """
     weight("beta", beta)
     weight("gamma", gamma)
-    log_t, log_s, masked = _softened(student, teacher, temperature)
+    log_t, log_s, masked = softened(student, teacher, mask, temperature)
     probs_t, probs_s = (logs.exp().masked_fill(masked, 0.0).flatten(0, -2) for logs in (log_t, log_s))
     masked = masked.flatten(0, -2)
     within_samples = _uncorrelated(probs_s, probs_t, masked)
@@ -205,12 +225,15 @@ def dist(
     return temperature**2 * (beta * within_samples + gamma * within_classes)
 
 
-def standardized_kd(student: Tensor, teacher: Tensor, *, temperature: float = 2.0) -> Tensor:
+def standardized_kd(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, temperature: float = 2.0
+) -> Tensor:
     """`kd` of logits standardized per sample, which frees the student from matching the teacher's scale.
 
     Args:
         student: Logits, shape (..., classes), any float type; two classes or more.
         teacher: Logits of the same shape.
+        mask: Which samples or tokens count, shape (...); None for all.
         temperature: T > 0 after standardization. 2, with weight 9, in the paper.
 
     Returns:
@@ -221,17 +244,20 @@ def standardized_kd(student: Tensor, teacher: Tensor, *, temperature: float = 2.
 
     Source: Sun, Ren, Li, Wang, Cao 2024, "Logit Standardization in Knowledge Distillation", arXiv:2403.01427, alg. 1.
     """
-    student, teacher, masked = _checked(student, teacher)
+    student, teacher, masked = checked(student, teacher, mask)
     student, teacher = (_standardized(logits, masked).masked_fill(masked, -math.inf) for logits in (student, teacher))
     return kd(student, teacher, temperature=temperature)
 
 
-def jsd(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
+def jsd(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0, beta: float = 0.5
+) -> Tensor:
     """Generalized Jensen-Shannon divergence of the softened classes, times T².
 
     Args:
         student: Logits, shape (..., classes), any float type.
         teacher: Logits of the same shape.
+        mask: Which samples or tokens count, shape (...); None for all.
         temperature: T > 0.
         beta: Share of the teacher in the mixture, above 0 and below 1. Small values act as `kd` does (times beta),
             large ones as `reverse_kl` (times one minus beta).
@@ -245,12 +271,12 @@ def jsd(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, beta: flo
     Source: Agarwal et al. 2023, "On-Policy Distillation of Language Models" (GKD), arXiv:2306.13649, eq. 1.
     """
     share("beta", beta, zero=False)
-    log_t, log_s, masked = _softened(student, teacher, temperature)
-    log_m = _mixed(log_t, log_s, beta, masked)
-    return temperature**2 * _mean(beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_s, log_m), masked)
+    log_t, log_s, masked = softened(student, teacher, mask, temperature)
+    log_m = mixed(log_t, log_s, beta, masked)
+    return temperature**2 * mean(beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m), masked)
 
 
-def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+def reverse_kl(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
     """Kullback-Leibler divergence of the softened classes, student to teacher, times T².
 
     Drops what the teacher finds possible rather than spread over all of it: for students too small to cover it.
@@ -258,6 +284,7 @@ def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) ->
     Args:
         student: Logits, shape (..., classes), any float type.
         teacher: Logits of the same shape.
+        mask: Which samples or tokens count, shape (...); None for all.
         temperature: T > 0.
 
     Returns:
@@ -268,11 +295,13 @@ def reverse_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) ->
 
     Source: Gu, Dong, Wei, Huang 2023, "MiniLLM", arXiv:2306.08543, eq. 1.
     """
-    log_t, log_s, masked = _softened(student, teacher, temperature)
-    return temperature**2 * _mean(_kl(log_s, log_t), masked)
+    log_t, log_s, masked = softened(student, teacher, mask, temperature)
+    return temperature**2 * mean(kl(log_s, log_t), masked)
 
 
-def skewed_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, alpha: float = 0.1) -> Tensor:
+def skewed_kl(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0, alpha: float = 0.1
+) -> Tensor:
     """Kullback-Leibler divergence from the teacher to a mixture of both, times T².
 
     The share of the teacher in the mixture bounds the loss, and with it the gradient, where the student misses a
@@ -281,6 +310,7 @@ def skewed_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, alp
     Args:
         student: Logits, shape (..., classes), any float type.
         teacher: Logits of the same shape.
+        mask: Which samples or tokens count, shape (...); None for all.
         temperature: T > 0.
         alpha: Share of the teacher in the mixture, from 0 (`kd`) up to, not including, 1.
 
@@ -293,17 +323,18 @@ def skewed_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0, alp
     Source: Ko, Kim, Chen, Yun 2024, "DistiLLM", arXiv:2402.03898, eq. 4.
     """
     share("alpha", alpha, zero=True)
-    log_t, log_s, masked = _softened(student, teacher, temperature)
-    mixture = _mixed(log_t, log_s, alpha, masked) if alpha > 0 else log_s
-    return temperature**2 * _mean(_kl(log_t, mixture), masked)
+    log_t, log_s, masked = softened(student, teacher, mask, temperature)
+    mixture = mixed(log_t, log_s, alpha, masked) if alpha > 0 else log_s
+    return temperature**2 * mean(kl(log_t, mixture), masked)
 
 
-def binary(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+def binary(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
     """Kullback-Leibler divergence of independent yes/no labels, teacher to student, times T²: for multi-label tasks.
 
     Args:
         student: Logits, shape (..., labels), any float type; each is of its label alone (sigmoid, not softmax).
         teacher: Logits of the same shape.
+        mask: Which samples or tokens count, shape (...); None for all.
         temperature: T > 0.
 
     Returns:
@@ -315,30 +346,10 @@ def binary(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Ten
     Source: Yang, Xie, Hou, Huang, Zhou, Huang 2023, "Multi-Label Knowledge Distillation", arXiv:2308.06453, eq. 2.
     """
     positive("temperature", temperature)
-    student, teacher, masked = _checked(student, teacher)
+    student, teacher, masked = checked(student, teacher, mask)
     student, teacher = (logits.masked_fill(masked, 0.0) / temperature for logits in (student, teacher))
     yes_and_no = [torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], -1) for logits in (teacher, student)]
-    return temperature**2 * _mean(_kl(*yes_and_no).sum(-1), masked)
-
-
-def _checked(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return both widened, the teacher detached, and which classes are masked."""
-    if student.dim() < 2 or student.shape != teacher.shape:
-        classes = student.shape[-1:] != teacher.shape[-1:]
-        remedy = "give a class_map (ClassMap) that says which classes are shared" if classes else "use the same batch"
-        raise ShapeError(
-            f"student logits {shape(student)} and teacher logits {shape(teacher)} must have one shape "
-            f"(..., classes); {remedy}"
-        )
-    student, teacher = widen(student, teacher)
-    return student, teacher, (student == -math.inf) | (teacher == -math.inf)
-
-
-def _softened(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probabilities of the teacher and of the student, and which classes are masked."""
-    positive("temperature", temperature)
-    student, teacher, masked = _checked(student, teacher)
-    return _log_probs(teacher, masked, temperature), _log_probs(student, masked, temperature), masked
+    return temperature**2 * mean(kl(*yes_and_no).sum(-1), masked)
 
 
 def _labels(labels: Tensor, logits: Tensor) -> Tensor:
@@ -348,28 +359,6 @@ def _labels(labels: Tensor, logits: Tensor) -> Tensor:
             f"{tuple(logits.shape[:-1])}"
         )
     return class_indices(labels, logits.shape[-1])
-
-
-def _log_probs(logits: Tensor, left_out: Tensor, temperature: float) -> Tensor:
-    """Return log-probabilities of the softened classes; 0 at classes left out, so that they add nothing to a KL."""
-    softened = (logits / temperature).masked_fill(left_out, -math.inf)
-    return softened.log_softmax(-1).masked_fill(left_out, 0.0)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def _mixed(log_p: Tensor, log_q: Tensor, portion: float, masked: Tensor) -> Tensor:
-    """Return the logarithm of ``portion`` p + (1 - ``portion``) q; exactly 0 at masked classes, as `_log_probs`."""
-    mixed = torch.logaddexp(log_p + math.log(portion), log_q + math.log1p(-portion))
-    return mixed.masked_fill(masked, 0.0)
-
-
-def _mean(values: Tensor, masked: Tensor) -> Tensor:
-    """Return the mean over samples that have a class left."""
-    some = ~masked.all(-1)
-    return values.masked_fill(~some, 0.0).sum() / some.sum().clamp(min=1)
 
 
 def _entrywise(values: Tensor, masked: Tensor) -> Tensor:
