@@ -73,6 +73,9 @@ def test_options_reach_the_term():
     assert losses.sp(at=["a", "b.*"]).at == ("a", "b.*")
     assert losses.kd(class_map=ClassMap((0, 1))).class_map == ClassMap((0, 1))
     assert losses.kd(class_map=None).class_map is None
+    merged = {"teacher": [1, [0, 2], None], "unmapped": "other"}
+    assert losses.build({"kd": {"class_map": merged}}).class_map == ClassMap((1, (0, 2), None), "other")
+    assert losses.kd(class_map=[[3, 4], 0]).class_map == ClassMap(((3, 4), 0))
     assert losses.rkd_angle(at="x", chunk=8).params == {"chunk": 8}
     # Right for other widths than a trial's.
     assert losses.relation(at="x", heads=12).params == {"heads": 12}
@@ -108,6 +111,8 @@ def test_a_loss_is_one_name_with_options(wrong):
         ({"hint": {"at": ["a", 1]}}, "hint.at is"),
         ({"kd": {"class_map": 3}}, "kd.class_map is 3; it must be a list with the teacher's class"),
         ({"kd": {"class_map": "ab"}}, "kd.class_map is 'ab'"),
+        ({"kd": {"class_map": {"student": [0, 1]}}}, "kd.class_map is .*it must be a list .* or null"),
+        ({"kd": {"class_map": {"teacher": [0, 1], "unmapped": "lost"}}}, "unmapped is 'lost'; it must be 'left out'"),
         ({"kd": {"class_map": [0, 0]}}, r"kd.class_map: class map \[0, 0\] must give two or more different"),
         ({"kd": {"weight": 0}}, "weight of kd is 0.0; it must be above 0"),
         ({"kd": {"weight": "much"}}, "kd.weight is 'much'; it must be a number"),

@@ -199,9 +199,10 @@ def _value(place: str, kind: str, value: Any) -> Any:
     if kind == "indices":
         if value is None or isinstance(value, ClassMap):
             return value
-        if isinstance(value, list | tuple):
+        said = value if isinstance(value, Mapping) else {"teacher": value}
+        if set(said) <= {"teacher", "unmapped"} and isinstance(said.get("teacher"), list | tuple):
             try:
-                return ClassMap(tuple(value))
+                return ClassMap(**said)
             except ShapeError as error:
                 raise RecipeError(f"{place}: {error}") from error
     wanted = {
@@ -209,7 +210,7 @@ def _value(place: str, kind: str, value: Any) -> Any:
         "weight": "a number, auto, or a ramp {start: …, end: …}",
         "int": "a whole number",
         "path": "a module's path, two (student, teacher), or a mapping {student: teacher}",
-        "indices": "a list with the teacher's class for each of the student's, or null",
+        "indices": "a list with the teacher's class for each of the student's, {teacher: […], unmapped: …}, or null",
     }
     raise RecipeError(f"{place} is {value!r}; it must be {wanted.get(kind, kind)}")
 
