@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slivo import losses
-from slivo.distill import maps
+from slivo.distill import distillation, maps
 from slivo.distill.adapt import made_by, make
 from slivo.distill.maps import ab, cwd, fsp, ickd, ofd, review, vid
 from slivo.errors import RecipeError, ShapeError
@@ -422,3 +422,53 @@ def test_an_adapter_that_makes_other_sizes_is_refused():
     maps_of = [torch.ones(2, 3, 4, 4)]
     with pytest.raises(ShapeError, match=r"fused maps \(2, 3, 2, 2\) and the teacher's \(2, 3, 4, 4\) differ"):
         review(maps_of, maps_of, lambda maps, sizes: [maps[0][..., :2, :2]])
+
+
+def test_adapters_of_places_are_a_function_of_the_seed_alone():
+    student, teacher = activations("fsp")
+    torch.manual_seed(1)
+    first = make(fsp, {}, student, teacher, seed=3)
+    torch.manual_seed(2)
+    again, other = (make(fsp, {}, student, teacher, seed=seed) for seed in (3, 4))
+    assert torch.equal(first[0].weight, again[0].weight)
+    assert not torch.equal(first[0].weight, other[0].weight)
+    assert not torch.equal(first[0].weight[0], first[1].weight[0, :2])
+
+
+class Stages(nn.Module):
+    """Two convolutions and a head."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
+        self.second = nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1, stride=2), nn.BatchNorm2d(2 * width))
+        self.head = nn.Linear(2 * width, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "crd", "queue_kl"])
+def test_a_narrower_network_learns_by_it(name):
+    torch.manual_seed(0)
+    student, teacher = Stages(4), Stages(6)
+    batch = torch.randn(16, 1, 8, 8)
+    at = {"first": "first", "second": "second"}
+    made = distillation(
+        teacher,
+        lambda model, x: model(x),
+        lambda output, _: output.mean(),
+        [losses.build({name: {"at": at}})],
+        label_weight=0,
+    ).prepare(student, batch)
+    optimizer = torch.optim.Adam([*student.parameters(), *made.parameters()], lr=0.02)
+    values = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = sum(made(student, batch).values())
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    # A likelihood has no 0 to fall to, and its variances fall slowly from 5.
+    assert values[-1] < (values[0] - 0.1 if name == "vid" else 0.9 * values[0])
+    assert len(made.adapters) == (1 if name in SEVERAL else 2)

@@ -43,7 +43,7 @@ class _Embedding(nn.Module):
         """Put embeddings of the teacher in front of the queue, while training."""
         if self.training and len(self.queue):
             # A new tensor: the old one may be needed by a backward pass that is still to come.
-            self.queue = torch.cat([embeddings.detach().to(self.queue.dtype), self.queue])[: len(self.queue)]
+            self.queue = torch.cat([embeddings.to(self.queue.dtype), self.queue])[: len(self.queue)]
 
 
 def _projections(student: Tensor, teacher: Tensor, *, features: int, queue: int) -> nn.Module:

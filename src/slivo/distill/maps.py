@@ -203,7 +203,7 @@ def vid(student: Tensor, teacher: Tensor, adapter: _Variational) -> Tensor:
 def _each(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> nn.Module:
     """Make the usual adapter for each place."""
     _paired(student, teacher, least=2)
-    made = (usual(*pair, seed=index) for index, pair in enumerate(zip(student, teacher, strict=True)))
+    made = (usual(*pair, seed=int(torch.randint(2**31, ()))) for pair in zip(student, teacher, strict=True))
     return nn.ModuleList([each or nn.Identity() for each in made])
 
 
