@@ -472,3 +472,17 @@ def test_a_narrower_network_learns_by_it(name):
     # A likelihood has no 0 to fall to, and its variances fall slowly from 5.
     assert values[-1] < (values[0] - 0.1 if name == "vid" else 0.9 * values[0])
     assert len(made.adapters) == (1 if name in SEVERAL else 2)
+
+
+def test_one_value_a_channel_is_normalized_by_what_was_seen_before():
+    # The batch itself has no variance then, as in the rest of an epoch at the last stage of a network.
+    student, teacher = ([each] for each in draw((1, 3, 1, 1), (1, 4, 1, 1), dtype=torch.float32))
+    adapter = make(review, {}, student, teacher, seed=0)
+    before = {name: buffer.clone() for name, buffer in adapter.named_buffers()}
+    leaf = student[0].requires_grad_()
+    value = review([leaf], teacher, adapter)
+    assert torch.autograd.grad(value, leaf)[0].norm() > 0
+    assert all(torch.equal(buffer, before[name]) for name, buffer in adapter.named_buffers())
+    wider, higher = ([each.repeat(2, 1, 1, 1)] for each in (student[0].detach(), teacher[0]))
+    review(wider, higher, adapter)
+    assert any(not torch.equal(buffer, before[name]) for name, buffer in adapter.named_buffers())

@@ -93,6 +93,11 @@ def crd(
     Source: Tian, Krishnan, Isola 2019, "Contrastive Representation Distillation", arXiv:1910.10699, section 3; the
     softmax over the batch as in van den Oord, Li, Vinyals 2018, "Representation Learning with Contrastive Predictive
     Coding", arXiv:1807.03748, section 2.
+
+    Example:
+        >>> from slivo import losses
+        >>> losses.crd(at="avgpool", queue=1024).params
+        {'queue': 1024}
     """
     positive("temperature", temperature)
     _counts(features=features, queue=queue)
@@ -131,6 +136,11 @@ def queue_kl(
     Source: Fang, Wang, Wang, Zhang, Yang, Liu 2021, "SEED: Self-supervised Distillation For Visual Representation",
     arXiv:2101.04731, section 3, with the one temperature of Abbasi Koohpayegani, Tejankar, Pirsiavash 2020, "CompRess:
     Self-Supervised Learning by Compressing Representations", arXiv:2010.14713, section 3.
+
+    Example:
+        >>> from slivo import losses
+        >>> losses.queue_kl(at="avgpool").supplied
+        ('adapter',)
     """
     positive("temperature", temperature)
     _counts(features=1, queue=queue)

@@ -50,6 +50,10 @@ def ofd(student: Tensor, teacher: Tensor, adapter: Adapter | None = None) -> Ten
 
     Source: Heo, Kim, Yun, Park, Kwak, Choi 2019, "A Comprehensive Overhaul of Feature Distillation", arXiv:1904.01866,
     section 3.
+
+    Example:
+        >>> ofd(torch.tensor([[-5.0, 2.0]]), torch.tensor([[-1.0, 2.0]])).item()
+        0.0
     """
     student, teacher = aligned(student, teacher)
     if not len(student):
@@ -82,6 +86,10 @@ def ab(student: Tensor, teacher: Tensor, adapter: Adapter | None = None, *, marg
 
     Source: Heo, Lee, Yun, Choi 2018, "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden
     Neurons", arXiv:1811.03233 (there the sum over entries).
+
+    Example:
+        >>> ab(torch.tensor([[2.0, -2.0]]), torch.tensor([[0.1, -0.1]])).item()
+        0.0
     """
     positive("margin", margin)
     student, teacher = aligned(student, teacher)
@@ -109,6 +117,11 @@ def cwd(student: Tensor, teacher: Tensor, adapter: Adapter | None = None, *, tem
 
     Source: Shu, Liu, Gao, Yan, Shen 2020, "Channel-wise Knowledge Distillation for Dense Prediction",
     arXiv:2011.13256, section 3.
+
+    Example:
+        >>> maps = torch.eye(4).view(1, 1, 4, 4)
+        >>> cwd(maps + 3, maps).item()
+        0.0
     """
     positive("temperature", temperature)
     student, teacher = aligned(student, teacher)
@@ -138,6 +151,11 @@ def ickd(student: Tensor, teacher: Tensor, adapter: Adapter | None = None) -> Te
 
     Source: Liu, Huang, Lin, Xie, Wang, Chang, Liang 2021, "Exploring Inter-Channel Correlation for
     Diversity-preserved Knowledge Distillation", arXiv:2202.03680, section 3.
+
+    Example:
+        >>> maps = torch.eye(4).view(1, 4, 2, 2)
+        >>> ickd(3 * maps, maps).item()
+        0.0
     """
     student, teacher = aligned(student, teacher)
     places(teacher)
@@ -189,6 +207,11 @@ def vid(student: Tensor, teacher: Tensor, adapter: _Variational) -> Tensor:
 
     Source: Ahn, Hu, Damianou, Lawrence, Dai 2019, "Variational Information Distillation for Knowledge Transfer",
     arXiv:1904.05835, section 2.
+
+    Example:
+        >>> from slivo import losses
+        >>> losses.vid(at="layer3").weight
+        'auto'
     """
     student, teacher = aligned(student, teacher)
     if not len(student):
@@ -227,6 +250,11 @@ def fsp(student: Sequence[Tensor], teacher: Sequence[Tensor], adapter: Sequence[
 
     Source: Yim, Joo, Bae, Kim 2017, "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and
     Transfer Learning", CVPR (no arXiv id), eq. 1-2.
+
+    Example:
+        >>> from slivo import losses
+        >>> losses.fsp(at={"layer1": "layer1", "layer2": "layer2"}).joint
+        True
     """
     _paired(student, teacher, least=2)
     if not len(student[0]):
@@ -294,6 +322,11 @@ def review(student: Sequence[Tensor], teacher: Sequence[Tensor], adapter: Callab
         ShapeError: If the activations are no maps, or as many places are not given for both.
 
     Source: Chen, Liu, Zhao, Jia 2021, "Distilling Knowledge via Knowledge Review", arXiv:2104.09044, section 3.
+
+    Example:
+        >>> from slivo import losses
+        >>> losses.review(at={"layer2": "layer2", "layer3": "layer3"}, weight=5).weight
+        5.0
     """
     _only_maps(student, teacher)
     if not len(student[0]):

@@ -39,6 +39,11 @@ def hidden(student: Tensor, teacher: Tensor, mask: Tensor | None = None, adapter
 
     Source: Sanh, Debut, Chaumond, Wolf 2019, "DistilBERT, a distilled version of BERT: smaller, faster, cheaper and
     lighter", arXiv:1910.01108, section 2.
+
+    Example:
+        >>> states = torch.ones(1, 2, 3)
+        >>> hidden(states, -states, torch.tensor([[1, 0]])).item()
+        2.0
     """
     student, teacher, counted = _states(student, teacher, mask, adapter)
     return _mean(1 - (unit(student) * unit(teacher)).sum(-1), counted)
@@ -62,6 +67,11 @@ def hidden_mse(student: Tensor, teacher: Tensor, mask: Tensor | None = None, ada
 
     Source: Jiao, Yin, Shang, Jiang, Chen, Li, Wang, Liu 2019, "TinyBERT: Distilling BERT for Natural Language
     Understanding", arXiv:1909.10351, eq. 8-9.
+
+    Example:
+        >>> states = torch.ones(1, 2, 3)
+        >>> hidden_mse(states, torch.zeros(1, 2, 3), torch.tensor([[1, 0]])).item()
+        1.0
     """
     student, teacher, counted = _states(student, teacher, mask, adapter)
     return _mean((student - teacher).square().mean(-1), counted)
@@ -87,6 +97,10 @@ def attention_maps(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
 
     Source: Jiao, Yin, Shang, Jiang, Chen, Li, Wang, Liu 2019, "TinyBERT: Distilling BERT for Natural Language
     Understanding", arXiv:1909.10351, eq. 7.
+
+    Example:
+        >>> attention_maps(torch.ones(1, 2, 3, 3), torch.zeros(1, 4, 3, 3)).item()
+        1.0
     """
     same_batch(student, teacher, least=4)
     tokens = student.shape[-1]
@@ -128,6 +142,11 @@ def relation(student: Tensor, teacher: Tensor, mask: Tensor | None = None, *, he
 
     Source: Wang, Bao, Huang, Dong, Wei 2020, "MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing
     Pretrained Transformers", arXiv:2012.15828, section 3; of values alone as in MiniLM, arXiv:2002.10957, section 3.
+
+    Example:
+        >>> values = torch.eye(4).view(1, 2, 8)
+        >>> relation(values, values.flip(-1), heads=1).item()
+        0.0
     """
     return attention_relation([student, student], [teacher, teacher], mask, heads=heads)
 
@@ -153,6 +172,11 @@ def attention_relation(
 
     Source: Wang, Wei, Dong, Bao, Yang, Zhou 2020, "MiniLM: Deep Self-Attention Distillation for Task-Agnostic
     Compression of Pre-Trained Transformers", arXiv:2002.10957, section 3.
+
+    Example:
+        >>> queries, keys = torch.eye(4).view(1, 2, 8), torch.ones(1, 2, 8)
+        >>> attention_relation([queries, keys], [queries, 2 * keys], heads=4).item()
+        0.0
     """
     if heads < 1:
         raise RecipeError(f"heads is {heads}; it must be 1 or more")
