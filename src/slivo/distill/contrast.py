@@ -2,8 +2,9 @@
 
 An activation is (batch, features), (batch, tokens, features) or (batch, channels, *space); maps and tokens are averaged
 over their places. The others are those of the batch, and what the adapter remembers of batches before: a queue of a
-fixed number of the teacher's embeddings, not of a size of the data set. The newest are in front. All losses are
-scalar, computed in float32 at least, let no gradient flow into the teacher, and are means over the samples.
+fixed number of the teacher's embeddings, not of the size of the data set. Each call puts those of its batch in front,
+while the adapter is in training mode; there is nothing else that a call changes. All losses are scalar, computed in
+float32 at least, let no gradient flow into the teacher, and are means over the samples; without samples they are 0.
 """
 
 from __future__ import annotations

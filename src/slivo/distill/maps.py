@@ -265,8 +265,8 @@ def fsp(student: Sequence[Tensor], teacher: Sequence[Tensor], adapter: Sequence[
         ours, theirs = widen(ours, theirs)
         with exact(ours):
             maps.append((fit(ours), theirs))
-    differences = [_flow(ours, later) - _flow(theirs, last) for (ours, theirs), (later, last) in pairwise(maps)]
-    return torch.stack([each.square().sum((-1, -2)).mean() for each in differences]).sum()
+    flows = [[_flow(*pair) for pair in pairwise(side)] for side in zip(*maps, strict=True)]
+    return torch.stack([(s - t).square().sum((-1, -2)).mean() for s, t in zip(*flows, strict=True)]).sum()
 
 
 class _Review(nn.Module):
