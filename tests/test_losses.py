@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slivo import losses
-from slivo.distill import ClassMap, Term, contrast, features, logits, maps, relations, tokens
+from slivo.distill import ClassMap, Ramp, Term, contrast, features, logits, maps, relations, tokens
 from slivo.errors import RecipeError
 
 MODULES = (logits, features, maps, relations, contrast, tokens)
@@ -77,6 +77,9 @@ def test_options_reach_the_term():
     assert losses.build({"kd": {"class_map": merged}}).class_map == ClassMap((1, (0, 2), None), "other")
     assert losses.kd(class_map=[[3, 4], 0]).class_map == ClassMap(((3, 4), 0))
     assert losses.rkd_angle(at="x", chunk=8).params == {"chunk": 8}
+    ramped = {"temperature": {"start": 8, "end": 2}, "weight": Ramp(0, 1, until=0.5)}
+    assert losses.build({"kd": ramped}) == losses.kd(temperature=Ramp(8, 2), weight=Ramp(0, 1, until=0.5))
+    assert losses.hint(at="x", weight="auto").weight == "auto"
     # Right for other widths than a trial's.
     assert losses.relation(at="x", heads=12).params == {"heads": 12}
 
@@ -122,6 +125,12 @@ def test_a_loss_is_one_name_with_options(wrong):
         ({"skewed_kl": {"alpha": 1}}, "loss skewed_kl: alpha is 1.0; it must be 0 or above and below 1"),
         ({"dkd": {"alpha": -1}}, "loss dkd: alpha is -1.0; it must be 0 or above"),
         ({"dist": {"gamma": -1}}, "loss dist: gamma is -1.0; it must be 0 or above"),
+        (
+            {"kd": {"temperature": {"start": 8}}},
+            "kd.temperature is {'start': 8}; a ramp has start and end, and may have",
+        ),
+        ({"kd": {"temperature": {"start": 8, "end": 2, "until": 3}}}, "kd.temperature: .*until"),
+        ({"kd": {"temperature": {"start": 8, "end": 0}}}, "loss kd: temperature is 0.0; it must be a number above 0"),
         ({"ab": {"at": "a", "margin": 0}}, "loss ab: margin is 0.0; it must be a number above 0"),
         ({"cwd": {"at": "a", "temperature": 0}}, "loss cwd: temperature is 0.0; it must be a number above 0"),
         ({"crd": {"at": "a", "temperature": 0}}, "loss crd: temperature is 0.0; it must be a number above 0"),
