@@ -68,7 +68,7 @@ def test_help_does_not_wait_for_pytorch() -> None:
 
 def test_extras_are_imported_when_they_are_needed() -> None:
     statement = "import slivo\nfor name in slivo.__all__: getattr(slivo, name)"
-    assert not imported(statement) & {*OPTIONAL, "typer"}
+    assert not imported(statement) & {*OPTIONAL, "typer", "torchmetrics"}
 
 
 def test_every_constraint_is_one_version() -> None:

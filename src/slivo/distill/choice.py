@@ -71,7 +71,7 @@ def rank_teachers(
     Args:
         student: The model to be trained; left untouched.
         candidates: Teachers by name, of the student's classes, on its device; left untouched.
-        batch: ``(inputs, labels)``: some hundred labelled samples, best of the training data and not those on which
+        batch: ``(inputs, labels)``: as many labelled samples as there are, a thousand or more; best not those on which
             the teachers were trained longest.
         forward: ``(model, inputs)`` to the output; None for ``model(inputs)``.
         steps: Of each trial, with half of a fold's training samples each.

@@ -14,6 +14,7 @@ from slivo.distill import features, logits
 from slivo.distill._tensors import first_tensor, positive
 from slivo.distill._tensors import weight as check_weight
 from slivo.distill.adapt import adapter, channels
+from slivo.distill.objective import attended
 from slivo.distill.taps import tap
 from slivo.errors import RecipeError, ShapeError, SlivoError
 from slivo.graph.capture import evaluating
@@ -75,7 +76,7 @@ def mutual(
         for at, ours in enumerate(said):
             others = [theirs for other, theirs in enumerate(said) if other != at and (teaches == "all" or other == 0)]
             if others and (teaches == "all" or at > 0):
-                losses = [logits.kd(ours, theirs, temperature=temperature) for theirs in others]
+                losses = [logits.kd(ours, theirs, attended(batch), temperature=temperature) for theirs in others]
                 parts[f"kd.{at}"] = weight * torch.stack(losses).mean()
         return parts
 
@@ -138,7 +139,7 @@ class SelfTaught:
             with torch.autocast(said.device.type, enabled=False):
                 own = head["logits"](_pooled(seen[path]).to(next(head["logits"].parameters()).dtype))
             parts[f"labels@{path}"] = self._loss(own, batch)
-            parts[f"kd@{path}"] = self._weight * logits.kd(own, said, temperature=self._temperature)
+            parts[f"kd@{path}"] = self._weight * logits.kd(own, said, attended(batch), temperature=self._temperature)
             if self._hint_weight:
                 mapped = dict(head.items()).get("features")
                 parts[f"hint@{path}"] = self._hint_weight * features.hint(seen[path], last, mapped)

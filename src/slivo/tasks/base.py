@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
-from torchmetrics import MetricCollection
 
 from slivo.errors import ShapeError
 from slivo.graph.capture import evaluating
+
+if TYPE_CHECKING:  # it takes seconds to import, and imports other libraries where it finds them
+    from torchmetrics import MetricCollection
 
 Batch = Any
 """Whatever a task's loader yields; for classification ``(inputs, labels)``."""

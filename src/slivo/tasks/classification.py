@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision, MulticlassRecall
 
 from slivo.errors import ShapeError
 from slivo.tasks.base import Batch, Task
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 
 def classification(
@@ -84,6 +85,9 @@ def _loss(output: Tensor, batch: Batch) -> Tensor:
 
 
 def _metrics(classes: int) -> MetricCollection:
+    from torchmetrics import MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision, MulticlassRecall
+
     return MetricCollection(
         {
             "accuracy": MulticlassAccuracy(classes, average="micro"),
