@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from slivo.distill.teacher import checksum, doubt, frozen, verify
+from slivo import losses
+from slivo.distill import distillation
+from slivo.distill.teacher import checksum, doubt, frozen, same_preprocessing, verify
 from slivo.errors import SlivoError
 
 
@@ -81,3 +83,21 @@ def test_doubt_warns_at_chance_and_below(caplog):
         assert doubt(float("nan"), 0.25)
     assert "accuracy is 0.500, no better than chance (0.500)" in caplog.records[0].getMessage()
     assert "F1 is 0.100" in caplog.records[1].getMessage()
+
+
+def test_images_that_are_normalized_otherwise_are_warned_of(caplog):
+    plain, one, other = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
+    one.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    other.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": None}
+    assert same_preprocessing(plain, one)
+    assert same_preprocessing(one, one)
+    assert not caplog.text
+    assert not same_preprocessing(one, other)
+    assert "by mean (0.5, 0.5, 0.5) and the teacher by (0.485, 0.456, 0.406)" in caplog.text
+    caplog.clear()
+    run, cost = (lambda model, batch: model(batch)), (lambda output, _: output.sum())
+    for forward, warned in ((None, True), (lambda model, batch: model(2 * batch), False)):
+        made = distillation(other, run, cost, [losses.mse()], label_weight=0, teacher_forward=forward)
+        made.prepare(one, torch.ones(4, 1))
+        assert ("normalized by mean" in caplog.text) is warned
+        caplog.clear()

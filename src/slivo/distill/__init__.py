@@ -20,6 +20,7 @@ from slivo.distill.committee import Committee, committee, learn_voices
 from slivo.distill.objective import Distillation, distillation
 from slivo.distill.pairs import Pair, Pairs, propose
 from slivo.distill.peers import SelfTaught, labelled, mutual, self_taught
+from slivo.distill.ranks import gathered
 from slivo.distill.schedule import Ramp
 from slivo.distill.sequence import check_vocabularies, continued, on_policy, shared_places, teacher_texts
 from slivo.distill.student import Inherited, inherit
@@ -58,6 +59,7 @@ __all__ = [
     "distill",
     "distillation",
     "fill",
+    "gathered",
     "inherit",
     "labelled",
     "learn_voices",

@@ -178,6 +178,8 @@ class Distillation:
             ShapeError: If tensors do not fit each other.
         """
         self.adapters, self._made_for, self.weights = {}, {}, {}
+        if self._teacher_forward is self._forward:
+            teachers.same_preprocessing(student, self.teacher)
         with evaluating(student):
             with torch.no_grad():
                 places = plan(self.terms, student, self.teacher)

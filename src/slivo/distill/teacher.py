@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -108,4 +108,33 @@ def doubt(score: float, chance: float, measure: str = "accuracy") -> bool:
         score,
         chance,
     )
+    return True
+
+
+def same_preprocessing(student: nn.Module, teacher: nn.Module) -> bool:
+    """Warn, through the logger ``slivo``, if two models say that they want their images normalized differently.
+
+    Args:
+        student: Models of timm say so, by ``pretrained_cfg``; others say nothing.
+        teacher: The same.
+
+    Returns:
+        Whether nothing speaks against giving both the same images.
+
+    Example:
+        >>> same_preprocessing(nn.Linear(1, 1), nn.Linear(1, 1))
+        True
+    """
+    said = [getattr(model, "pretrained_cfg", None) for model in (student, teacher)]
+    for key in ("mean", "std"):
+        ours, theirs = (tuple(each.get(key) or ()) if isinstance(each, Mapping) else () for each in said)
+        if ours and theirs and ours != theirs:
+            _log.warning(
+                "the student wants its images normalized by %s %s and the teacher by %s; one of both sees other images "
+                "than it was trained on. Give the teacher its own (teacher_forward=...)",
+                key,
+                ours,
+                theirs,
+            )
+            return False
     return True
