@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ from torch import fx, nn
 
 import slivo
 from slivo.errors import CaptureError
-from slivo.graph.capture import canonical_names, capture, evaluating, sparing
+from slivo.graph.capture import canonical_names, capture, collecting_rarely, evaluating, sparing
 from slivo.graph.inputs import Call, as_args, describe
 
 
@@ -148,3 +149,18 @@ def test_graph_modules_made_during_an_export_are_compiled_when_they_are_called()
         traced = fx.symbolic_trace(nn.Linear(2, 3))
         assert traced(torch.zeros(4, 2)).shape == (4, 3)
     assert traced(torch.zeros(5, 2)).shape == (5, 3)
+
+
+@pytest.mark.parametrize("threshold", [(700, 10, 10), (0, 10, 10), (900_000, 5, 5)])
+def test_garbage_is_looked_for_as_before_once_a_graph_is_made(threshold):
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(*threshold)
+        with collecting_rarely():
+            assert gc.get_threshold()[0] in (0, 200_000, 900_000)
+        assert gc.get_threshold() == threshold
+        with pytest.raises(CaptureError):
+            capture(nn.Linear(2, 3), torch.zeros(1, 5))
+        assert gc.get_threshold() == threshold
+    finally:
+        gc.set_threshold(*before)

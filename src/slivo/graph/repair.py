@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from slivo.errors import ShapeError, SlivoError
 from slivo.graph.axes import Graph
-from slivo.graph.capture import canonical_names, check_runs, evaluating
+from slivo.graph.capture import canonical_names, check_runs, collecting_rarely, evaluating
 from slivo.graph.copies import duplicate
 from slivo.graph.inputs import Call, ExampleInputs, as_args, fresh
 from slivo.graph.mend import changed, mend_
@@ -34,6 +34,7 @@ from slivo.graph.survey import Survey, survey
 _log = logging.getLogger("slivo")
 
 
+@collecting_rarely()
 def settle(
     model: nn.Module, graph: Graph, example_inputs: ExampleInputs, keep: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Program]]:
