@@ -9,8 +9,9 @@ from torch import fx, nn
 
 import slivo
 from slivo.errors import CaptureError
-from slivo.graph.capture import canonical_names, capture, collecting_rarely, evaluating, sparing
+from slivo.graph.capture import canonical_names, capture, evaluating
 from slivo.graph.inputs import Call, as_args, describe
+from slivo.graph.sparing import collecting_rarely, sparing
 
 
 class Keywords(nn.Module):

@@ -96,6 +96,19 @@ def center(tensor: Tensor, left_out: Tensor | None = None) -> Tensor:
     return centered.masked_fill(_largest(centered) <= noise, 0.0)
 
 
+def kernel(rows: Tensor) -> Tensor:
+    """Return the centered products of all samples, flat and of length 1: two agree as their product is large.
+
+    Args:
+        rows: Features, shape (samples, features).
+    """
+    centered = center(rows.T).T
+    # Any one scale will do, and this one keeps the squares of the products in range.
+    largest = centered.detach().abs().amax()
+    centered = centered / torch.where(largest > 0, largest, 1.0)
+    return unit(gram(centered, centered).flatten())
+
+
 def _largest(tensor: Tensor) -> Tensor:
     """Return the largest magnitude over the last dimension, 0 if there is none, as in a batch of no samples."""
     return tensor.detach().abs().amax(-1, keepdim=True) if tensor.shape[-1] else tensor.new_zeros(*tensor.shape[:-1], 1)
@@ -104,6 +117,14 @@ def _largest(tensor: Tensor) -> Tensor:
 def nothing(student: Tensor) -> Tensor:
     """Return a loss of 0, for a batch too small to have relations, such as the last of an epoch."""
     return student.flatten()[:0].to(torch.promote_types(student.dtype, torch.float32)).sum()
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return what a model's output is about, or refuse one without a tensor."""
+    found = first_tensor(output)
+    if found is None:
+        raise ShapeError(f"the model puts out {type(output).__name__} without a tensor; return logits")
+    return found
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slivo.distill import logits
-from slivo.distill._tensors import class_indices, first_tensor, shape
+from slivo.distill._tensors import class_indices, logits_of, shape
 from slivo.distill.teacher import frozen
 from slivo.errors import RecipeError, ShapeError
 from slivo.graph.capture import evaluating
@@ -118,7 +118,7 @@ def rank_teachers(
     ranks = []
     for name, teacher in candidates.items():
         with frozen(teacher):
-            told = _said(run(teacher, inputs))
+            told = logits_of(run(teacher, inputs)).float()
         right = class_indices(labels, told.shape[-1])
         trials = [_trial(setting, told, right, held, seed + at) for at, held in enumerate(parts)]
         scores, gaps = zip(*trials, strict=True)
@@ -152,7 +152,7 @@ def _trial(setting: _Setting, told: Tensor, labels: Tensor, held: Tensor, seed: 
         torch.manual_seed(seed)
         for _ in range(setting.steps):
             chosen = seen[torch.randperm(len(seen))[:size].to(seen.device)]
-            said = _said(run(model, _rows(setting.inputs, chosen)))
+            said = logits_of(run(model, _rows(setting.inputs, chosen))).float()
             if said.shape[-1] != told.shape[-1]:
                 raise ShapeError(f"the student has logits {shape(said)} and the teacher {shape(told)}; they must agree")
             taught = logits.kd(said, told[chosen], temperature=setting.temperature)
@@ -161,7 +161,7 @@ def _trial(setting: _Setting, told: Tensor, labels: Tensor, held: Tensor, seed: 
             torch.autograd.backward((1 - share) * taught + share * F.cross_entropy(said, labels[chosen]))
             optimizer.step()
     with evaluating(model), torch.no_grad():
-        said = _said(run(model, _rows(setting.inputs, held)))
+        said = logits_of(run(model, _rows(setting.inputs, held))).float()
     surest = min(float(F.cross_entropy(said / 2**power, labels[held])) for power in _POWERS)
     return -surest, float(logits.kd(said, told[held], temperature=1.0))
 
@@ -173,10 +173,3 @@ def _rows(inputs: Any, chosen: Tensor) -> Any:
     if isinstance(inputs, Mapping):
         return {name: _rows(each, chosen) for name, each in inputs.items()}
     return tuple(_rows(each, chosen) for each in inputs) if isinstance(inputs, tuple | list) else inputs
-
-
-def _said(output: Any) -> Tensor:
-    found = first_tensor(output)
-    if found is None:
-        raise ShapeError(f"a model puts out {type(output).__name__} without a tensor; return logits")
-    return found.float()

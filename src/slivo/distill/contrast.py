@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slivo.distill._maps import average, exact
+from slivo.distill._probabilities import kl
 from slivo.distill._tensors import gram, nothing, positive, same_batch, unit, widen
 from slivo.distill.adapt import adapted, channels
 from slivo.errors import RecipeError
@@ -152,7 +153,7 @@ def queue_kl(
     anchors = torch.cat([theirs, remembered])
     log_t, log_s = (_logits(each, anchors, temperature).log_softmax(-1) for each in (theirs, ours))
     adapter.remember(theirs)
-    return (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    return kl(log_t, log_s).mean()
 
 
 def _embedded(student: Tensor, teacher: Tensor, adapter: _Embedding) -> tuple[Tensor, Tensor, Tensor]:

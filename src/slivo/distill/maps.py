@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slivo.distill._maps import Adapter, Norm, aligned, exact, fitted, places, pointwise, pooled
+from slivo.distill._probabilities import kl
 from slivo.distill._tensors import gram, nothing, positive, same_batch, shape, unit, widen
 from slivo.distill.adapt import adapted, channels
 from slivo.distill.adapt import adapter as usual
@@ -130,7 +131,7 @@ def cwd(student: Tensor, teacher: Tensor, adapter: Adapter | None = None, *, tem
         return nothing(student)
     pair = (teacher, fitted(student, teacher, adapter))
     log_t, log_s = ((places(each) / temperature).log_softmax(-1) for each in pair)
-    return temperature**2 * (log_t.exp() * (log_t - log_s)).sum(-1).mean()
+    return temperature**2 * kl(log_t, log_s).mean()
 
 
 def ickd(student: Tensor, teacher: Tensor, adapter: Adapter | None = None) -> Tensor:

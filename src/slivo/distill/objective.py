@@ -181,12 +181,8 @@ class Distillation:
         if self._teacher_forward is self._forward:
             teachers.same_preprocessing(student, self.teacher)
         with evaluating(student):
-            with torch.no_grad():
-                places = plan(self.terms, student, self.teacher)
-                _, ours, theirs = self._run(student, batch, places)
-                for index, (name, (term, place)) in enumerate(places.items()):
-                    if "adapter" in term.supplied:
-                        self._adapt(name, term, *self._pair(term, place, ours, theirs), seed=seed + index)
+            if any("adapter" in term.supplied for term in self.terms):
+                self._adapt(student, batch, seed)
             with torch.enable_grad():
                 parts, found = self._raw(student, batch)
                 norms = balance.gradient_norms(parts, student)
@@ -286,11 +282,17 @@ class Distillation:
             )
         return self.weights[name]
 
-    def _adapt(self, name: str, term: Term, student: Any, teacher: Any, *, seed: int) -> None:
-        """Make a term's adapter, if it needs one."""
-        made = make(term.function, term.options(0.0), student, teacher, seed=seed)
-        if made is not None:
-            self.adapters[name], self._made_for[name] = made, sizes(student, teacher)
+    @torch.no_grad()
+    def _adapt(self, student: nn.Module, batch: Batch, seed: int) -> None:
+        """Make the adapters that the terms need."""
+        found = plan(self.terms, student, self.teacher)
+        _, ours, theirs = self._run(student, batch, found)
+        for index, (name, (term, place)) in enumerate(found.items()):
+            if "adapter" in term.supplied:
+                pair = self._pair(term, place, ours, theirs)
+                made = make(term.function, term.options(0.0), *pair, seed=seed + index)
+                if made is not None:
+                    self.adapters[name], self._made_for[name] = made, sizes(*pair)
 
     def _adapter(self, name: str, term: Term, student: Any, teacher: Any) -> nn.Module | None:
         made, (ours, theirs) = self.adapters.get(name), sizes(student, teacher)

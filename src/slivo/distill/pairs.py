@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from slivo.distill._tensors import center, first_tensor, gram, unit
+from slivo.distill._maps import pooled
+from slivo.distill._tensors import first_tensor, gram, kernel
 from slivo.errors import RecipeError, SlivoError
 from slivo.graph.capture import evaluating
 
@@ -183,12 +183,10 @@ def _outputs(
 
 
 def _kernel(features: Tensor) -> Tensor:
-    """Return the centered products of all samples, of length 1; two are as alike as their product is large."""
+    """Return what tells how alike two places are, by the means over a coarse grid."""
     if features.dim() == 4:
-        high, wide = (min(size, _COARSE) for size in features.shape[2:])
-        features = F.adaptive_avg_pool2d(features, (high, wide))
-    centered = center(features.flatten(1).T).T
-    return unit(gram(centered, centered).flatten())
+        features = pooled(features, [min(size, _COARSE) for size in features.shape[2:]])
+    return kernel(features.flatten(1))
 
 
 def _near(one: Tensor, other: Tensor, depths: tuple[float, float]) -> float:

@@ -11,12 +11,13 @@ from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
 from slivo.distill import features, logits
-from slivo.distill._tensors import first_tensor, positive
+from slivo.distill._maps import average, exact
+from slivo.distill._tensors import logits_of, positive
 from slivo.distill._tensors import weight as check_weight
 from slivo.distill.adapt import adapter, channels
 from slivo.distill.objective import attended
 from slivo.distill.taps import tap
-from slivo.errors import RecipeError, ShapeError, SlivoError
+from slivo.errors import RecipeError, SlivoError
 from slivo.graph.capture import evaluating
 
 Batch = Any
@@ -71,7 +72,7 @@ def mutual(
         if not isinstance(models, nn.ModuleList) or len(models) < 2:
             raise SlivoError(f"models that learn together are a ModuleList of two or more, not {type(models).__name__}")
         outputs = [task_forward(model, batch) for model in models]
-        said = [_logits(output) for output in outputs]
+        said = [logits_of(output) for output in outputs]
         parts = {f"labels.{at}": task_loss(output, batch) for at, output in enumerate(outputs)}
         for at, ours in enumerate(said):
             others = [theirs for other, theirs in enumerate(said) if other != at and (teaches == "all" or other == 0)]
@@ -131,13 +132,13 @@ class SelfTaught:
             raise SlivoError("call prepare(model, batch) first, and give parameters() to the optimizer")
         with tap(model, self.at) as seen:
             output = self._forward(model, batch)
-        said, last = _logits(output), seen[self.at[-1]]
+        said, last = logits_of(output), seen[self.at[-1]]
         parts = {"labels": self._loss(output, batch)}
         for number, path in enumerate(self.at[:-1]):
             head = self.heads[str(number)]
             assert isinstance(head, nn.ModuleDict)
-            with torch.autocast(said.device.type, enabled=False):
-                own = head["logits"](_pooled(seen[path]).to(next(head["logits"].parameters()).dtype))
+            with exact(said):
+                own = head["logits"](average(seen[path]).to(next(head["logits"].parameters()).dtype))
             parts[f"labels@{path}"] = self._loss(own, batch)
             parts[f"kd@{path}"] = self._weight * logits.kd(own, said, attended(batch), temperature=self._temperature)
             if self._hint_weight:
@@ -147,7 +148,7 @@ class SelfTaught:
 
     def _run(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with tap(model, self.at) as seen:
-            said = _logits(self._forward(model, batch))
+            said = logits_of(self._forward(model, batch))
         missing = [path for path in self.at if path not in seen]
         if missing:
             raise SlivoError(f"module {missing[0]!r} did not run; name modules that the forward calls")
@@ -223,7 +224,7 @@ def labelled(task_loss: Loss, labels: Callable[[Batch], Tensor]) -> Loss:
         if bool(known.all()):
             return task_loss(output, batch)
         if not bool(known.any()):
-            return _logits(output).sum() * 0.0
+            return logits_of(output).sum() * 0.0
         size = len(known)
 
         def chosen(tensor: Tensor) -> Tensor:
@@ -239,17 +240,3 @@ def _check(temperature: float, *weights: float) -> None:
     positive("temperature", temperature)
     for each in weights:
         check_weight("weight", each)
-
-
-def _logits(output: Any) -> Tensor:
-    found = first_tensor(output)
-    if found is None:
-        raise ShapeError(f"the model puts out {type(output).__name__} without a tensor; return logits")
-    return found
-
-
-def _pooled(activation: Tensor) -> Tensor:
-    """Return the mean over places, shape (batch, features)."""
-    if activation.dim() == 3:
-        return activation.mean(1)
-    return activation.flatten(2).mean(2) if activation.dim() > 3 else activation

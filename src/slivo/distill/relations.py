@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from slivo.distill._tensors import center, gram, nothing, same_batch, unit, widen
+from slivo.distill._tensors import gram, kernel, nothing, same_batch, unit, widen
 from slivo.errors import RecipeError
 
 
@@ -119,14 +119,7 @@ def cka(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = _flat(student, teacher)
     if len(student) < 2:
         return nothing(student)
-    kernels = []
-    for rows in (student, teacher):
-        centered = center(rows.T).T
-        # Any one scale will do, and this one keeps the squares of the products in range.
-        largest = centered.detach().abs().amax()
-        centered = centered / torch.where(largest > 0, largest, 1.0)
-        kernels.append(unit(gram(centered, centered).flatten()))
-    return 1 - (kernels[0] * kernels[1]).sum()
+    return 1 - (kernel(student) * kernel(teacher)).sum()
 
 
 def _flat(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

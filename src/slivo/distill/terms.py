@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from inspect import isfunction
 from typing import Any, Literal, get_origin, get_type_hints
 
@@ -69,12 +69,12 @@ class Term:
         """The function's name."""
         return getattr(self.function, "__name__", "custom")
 
-    @property
+    @cached_property
     def supplied(self) -> tuple[str, ...]:
         """Names of what the function needs beside both tensors and its options."""
         return supplied(self.function)
 
-    @property
+    @cached_property
     def joint(self) -> bool:
         """Whether the function compares several places at once."""
         return joint(self.function)

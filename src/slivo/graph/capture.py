@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import textwrap
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +17,6 @@ from torch import Tensor, fx, nn
 from torch._functorch import config as _functorch_config
 from torch._subclasses import meta_utils
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
 from slivo.errors import CaptureError
@@ -26,6 +24,7 @@ from slivo.graph.checks import check_model
 from slivo.graph.copies import computed, keep_persistence_
 from slivo.graph.inputs import Call, ExampleInputs, as_args, batch_size, describe, fresh
 from slivo.graph.sizes import check_sizes_, listening, symbolic_shapes
+from slivo.graph.sparing import sparing
 
 _log = logging.getLogger("slivo")
 
@@ -110,62 +109,6 @@ def _export(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object
     if dynamic:
         check_sizes_(module)
     return module
-
-
-@contextmanager
-def collecting_rarely() -> Iterator[None]:
-    """Have Python look for garbage rarely while graphs are made, of whose many objects next to none is any.
-
-    It looks at all objects that there are again and again, which takes a sixth of the time.
-    """
-    before = gc.get_threshold()
-    if 0 < before[0] < _RARELY:
-        gc.set_threshold(_RARELY, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
-_RARELY = 200_000
-"""Objects made until Python looks for garbage; graphs of the largest networks have some millions."""
-
-
-@contextmanager
-def sparing() -> Iterator[None]:
-    """Have PyTorch leave out, while it exports, what is of no use here and takes half of the time.
-
-    That is where in the code each operator stands and each size was asked for, how each result lies in memory, what was
-    assumed of sizes (the graph asks that by itself: `slivo.graph.sizes`), and the Python code of every graph module on
-    the way, which nobody runs: those that come out are to be compiled again.
-    """
-    from torch.export import _trace  # which takes a second to import, and which export imports anyway
-
-    with ExitStack() as stack:
-        stack.enter_context(collecting_rarely())
-        if hasattr(_trace, "produce_guards_and_solve_constraints"):
-            stack.enter_context(patch.object(_trace, "produce_guards_and_solve_constraints", lambda *_, **__: None))
-        stack.enter_context(patch.object(fx.config, "do_not_emit_stack_traces", True, create=True))
-        if hasattr(proxy_tensor, "_extract_tensor_metadata"):
-            stack.enter_context(patch.object(proxy_tensor, "_extract_tensor_metadata", lambda *_: None))
-        stack.enter_context(patch.object(fx.GraphModule, "recompile", compile_when_called))
-        yield
-
-
-def compile_when_called(module: fx.GraphModule) -> None:
-    """Take the place of `torch.fx.GraphModule.recompile`: note what the graph takes and gives out, and no more."""
-    codegen = module.graph._codegen
-    if isinstance(codegen, fx.graph._PyTreeCodeGen):
-        module._in_spec, module._out_spec = codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
-
-    def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        _compile(self)
-        return self(*args, **kwargs)
-
-    type(module).forward = forward
-
-
-_compile = fx.GraphModule.recompile
 
 
 def _name_constants_(module: fx.GraphModule) -> None:

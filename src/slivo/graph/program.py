@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from slivo.errors import SlivoError
 from slivo.graph.axes import Graph
-from slivo.graph.capture import Capture, capture, compile_when_called, put_tensors_
+from slivo.graph.capture import Capture, capture, put_tensors_
 from slivo.graph.copies import keep_persistence_
 from slivo.graph.decompose import numbers
 from slivo.graph.dims import UNIT, Prod, Term, head, product, size_after
@@ -32,6 +32,7 @@ from slivo.graph.inputs import Call, ExampleInputs, as_args
 from slivo.graph.samples import is_factor
 from slivo.graph.sizes import check_sizes_
 from slivo.graph.slicing import Slices, cut_
+from slivo.graph.sparing import compile_when_called
 from slivo.graph.twins import capture_once
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from slivo.errors import ShapeError, SlivoError
 from slivo.graph.axes import Graph
-from slivo.graph.capture import canonical_names, check_runs, collecting_rarely, evaluating
+from slivo.graph.capture import canonical_names, check_runs, evaluating
 from slivo.graph.copies import duplicate
 from slivo.graph.inputs import Call, ExampleInputs, as_args, fresh
 from slivo.graph.mend import changed, mend_
@@ -28,6 +28,7 @@ from slivo.graph.program import (
     tensors_of,
 )
 from slivo.graph.search import Trial
+from slivo.graph.sparing import collecting_rarely
 from slivo.graph.surgery import perform_, plan_attributes, plan_slices
 from slivo.graph.survey import Survey, survey
 

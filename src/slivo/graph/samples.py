@@ -26,8 +26,8 @@ Known = tuple[sympy.Symbol, int, int, int | None]
 
 _SMALL = (0, 1, 2)  # more than the least
 _PRIMES = tuple(tuple(sympy.prime(200 + 7 * at + shift) for at in range(16)) for shift in range(3))
-_HUGE = 2**64  # beyond what PyTorch takes for the end of everything
 """Sizes that have no factor in common with each other, or with any number of channels."""
+_HUGE = 2**64  # beyond what PyTorch takes for the end of everything
 
 
 @contextmanager
@@ -61,8 +61,7 @@ def trying_sizes() -> Iterator[None]:
 def is_factor(factor: int, size: torch.SymInt) -> bool:
     """Tell whether a symbolic size is a multiple of a number for inputs of all sizes, as far as samples tell."""
     expression = size.node.expr
-    symbols = sorted(expression.free_symbols, key=str)
-    samples = (dict(zip(symbols, cycle(primes), strict=False)) for primes in _PRIMES)
+    samples = (dict(zip(_symbols(expression), cycle(primes), strict=False)) for primes in _PRIMES)
     sizes = map(expression.subs, samples)
     return all(size.is_Integer and size % factor == 0 for size in sizes)
 
