@@ -16,7 +16,7 @@ import slivo
 from slivo import edits
 from slivo.errors import CaptureError, ShapeError, SlivoError
 from slivo.prune import blockwise, one_shot, oneshot
-from slivo.prune.blockwise import Part, repeated, survey
+from slivo.prune.blockwise import Part, repeated, run_through
 from slivo.prune.layerwise import Zeros, magnitude, sparsegpt, wanda
 
 
@@ -394,7 +394,7 @@ def test_the_output_stays_nearest_with_sparsegpt() -> None:
 def test_what_follows_what(name: str, follows: list[bool]) -> None:
     model, batches = built(name)
     batch = {"kwargs": batches[0]} if isinstance(batches[0], dict) else {"args": (batches[0],)}
-    parts = survey(model, repeated(model), slivo.graph.Call(**batch))
+    parts = run_through(model, repeated(model), slivo.graph.Call(**batch))
     assert [part.follows for part in parts] == follows
     assert all(part.calls == {"shared": 2, "rewritten": 0}.get(name, 1) for part in parts)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -627,13 +627,13 @@ def test_lists_of_experts_are_no_blocks() -> None:
 
 def test_shortened_runs_are_the_same_as_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any) -> list[Part]:
-        return [Part(part.module, part.calls, False) for part in blockwise.survey(*args)]
+        return [Part(part.module, part.calls, False) for part in blockwise.run_through(*args)]
 
     for name in ("language", "transposed", "encoded"):
         model, batches = built(name)
         found = one_shot(model, batches)
         with monkeypatch.context() as patched:
-            patched.setattr(oneshot, "survey", never)
+            patched.setattr(oneshot, "run_through", never)
             whole = one_shot(model, batches)
         for one, other in zip(found.parameters(), whole.parameters(), strict=True):
             torch.testing.assert_close(one, other)

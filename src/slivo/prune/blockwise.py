@@ -81,7 +81,7 @@ def part_of(tensor: str, parts: Iterable[str]) -> str | None:
     return next((part for part in parts if _within(tensor, [part])), None)
 
 
-def survey(model: nn.Module, names: Sequence[str], call: Call) -> list[Part]:
+def run_through(model: nn.Module, names: Sequence[str], call: Call) -> list[Part]:
     """Run a model once, and tell how its parts are run.
 
     What each gives out is made to ask for a gradient, and nothing else does: so PyTorch tells what was computed from

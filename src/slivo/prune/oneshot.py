@@ -20,7 +20,7 @@ from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
 from slivo.graph.inputs import fresh
 from slivo.prune import layerwise
-from slivo.prune.blockwise import Replay, part_of, repeated, running, survey
+from slivo.prune.blockwise import Replay, part_of, repeated, run_through, running
 from slivo.prune.layerwise import Zeros
 from slivo.prune.options import calls_of, listed, matches, said
 from slivo.prune.readers import Watch, grams, key, squares
@@ -223,7 +223,7 @@ def _prune_(
     """Prune a model's weights in place, part by part in the order in which they run."""
     every = dict(model.named_parameters())
     order = _order(model, {name: every[name] for name in chosen}, chosen, calls[0])
-    replay = Replay(model, survey(model, order, calls[0]), calls, hold)
+    replay = Replay(model, run_through(model, order, calls[0]), calls, hold)
     done = _Done()
     for index, part in enumerate(order):
         weights = {name: every[name] for name, holder in chosen.items() if holder == part}
