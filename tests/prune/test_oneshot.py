@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -610,6 +611,87 @@ def test_what_cannot_be_pruned_is_told() -> None:
         one_shot(nn.Sequential(parametrized), [torch.randn(3, 6)])
     with pytest.raises(CaptureError, match="has no values, it is on the meta device"):
         one_shot(nn.Linear(2, 3, device="meta"), [torch.randn(3, 2)])
+
+
+class Stacked(nn.Module):
+    """Experts in one weight, each sample sent to one of them: multiplied one by one, in groups, or all at once."""
+
+    def __init__(self, way: str, *, turned: bool = False, used: int = 4) -> None:
+        super().__init__()
+        self.way, self.turned, self.used = way, turned, used
+        self.up = nn.Parameter(torch.randn(4, 8, 16) if turned else torch.randn(4, 16, 8))
+        self.down = nn.Parameter(torch.randn(4, 16, 8) if turned else torch.randn(4, 8, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (each if self.turned else each.mT for each in (self.up, self.down))
+        parts = [x[expert :: self.used] for expert in range(self.used)]
+        if self.way == "one by one":
+            return torch.cat([F.relu(part @ up[at]) @ down[at] for at, part in enumerate(parts)])
+        if self.way == "at once":
+            return torch.bmm(F.relu(torch.bmm(torch.stack(parts), up)), down).flatten(0, 1)
+        ends = torch.tensor([len(part) for part in parts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(F.relu(F.grouped_mm(torch.cat(parts), up, offs=ends)), down, offs=ends)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_stacked_experts_are_pruned_as_layers_of_their_own(method: oneshot.Method, pattern: str, turned: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Stacked("one by one", turned=turned), torch.randn(64, 8)
+    layers = nn.ModuleList(
+        nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 8, bias=False)) for _ in range(4)
+    )
+    with torch.no_grad():
+        for each, up, down in zip(layers, model.up, model.down, strict=True):
+            each[0].weight.copy_(up.T if turned else up)
+            each[2].weight.copy_(down.T if turned else down)
+    found = one_shot(model, [x], method=method, pattern=pattern)
+    for at, each in enumerate(layers):
+        alone = one_shot(nn.Sequential(each), [x[at::4]], method=method, pattern=pattern, blocks="0")[0]  # type: ignore[index]
+        for stack, layer in ((found.up, alone[0]), (found.down, alone[2])):
+            torch.testing.assert_close(stack[at].T if turned else stack[at], layer.weight)
+    assert slivo.edits.record(found)[0].patterns["up"] == {  # type: ignore[attr-defined]
+        "unstructured": "unstructured", "2:4": "2:4" if turned else "2:4@2",
+    }[pattern]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["at once", "grouped"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_stacked_experts_are_seen_however_they_are_multiplied(way: str, turned: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Stacked("one by one", turned=turned), torch.randn(64, 8)
+    expected = one_shot(model, [x])
+    model.way = way
+    found = one_shot(model, [x])
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_expert_without_samples_is_pruned_by_magnitude() -> None:
+    torch.manual_seed(0)
+    model = Stacked("one by one", used=3)
+    found = one_shot(model, [torch.randn(30, 8)])
+    left = found.up.detach()[3]
+    assert int((left == 0).sum()) == left.numel() // 2
+    assert float(model.up.detach()[3][left == 0].abs().max()) <= float(left[left != 0].abs().min())
+
+
+def test_experts_of_transformers_are_pruned(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, use_cache=False,
+    )  # fmt: skip
+    ids = torch.randint(32, (4, 16))
+    for way in ("eager", "grouped_mm"):
+        config._experts_implementation = way
+        model = transformers.MixtralForCausalLM(config).eval()
+        sparse = one_shot(model, [{"input_ids": ids}], only="*experts*")
+        for name, weight in sparse.named_parameters():
+            share = float((weight == 0).float().mean())
+            assert share == pytest.approx(0.5 if "experts" in name else 0.0, abs=0.01), name
+    assert "stay dense" not in caplog.text
 
 
 def test_lists_of_experts_are_no_blocks() -> None:

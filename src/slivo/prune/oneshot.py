@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import Any, Literal, get_args
 
 import torch
@@ -227,15 +228,16 @@ def _prune_(
     done = _Done()
     for index, part in enumerate(order):
         weights = {name: every[name] for name, holder in chosen.items() if holder == part}
-        watch = Watch(weights, rule.statistic, spread=False)
+        watch = Watch(weights, rule.statistic, spread=False, stacks=True)
         replay.watch(index, watch)
         for name, weight in weights.items():
-            dims = [dim for dim in range(2) if key(name, dim) in watch.found]
-            if len(dims) != 1:  # not seen, or tied with its own transpose
+            uses = [use for use in product(range(3), (False, True)) if key(name, use[0], stack=use[1]) in watch.found]
+            if len(uses) != 1:  # not seen, or tied with its own transpose
                 done.dense.append(name)
                 continue
-            done.patterns[name] = _written(rule, name, weight, dims[0])
-            _set_(weight, rule, watch.found.pop(key(name, dims[0])), name, dims[0])
+            (dim, stack), *_ = uses
+            done.patterns[name] = _written(rule, name, weight, dim)
+            _set_(weight, rule, watch.found.pop(key(name, dim, stack=stack)), name, dim, stack=stack)
         if report is not None:
             zeros = sum(int((weight == 0).sum()) for weight in weights.values())
             share = zeros / sum(weight.numel() for weight in weights.values())
@@ -246,7 +248,7 @@ def _prune_(
 
 def _order(model: nn.Module, weights: Mapping[str, Tensor], chosen: Mapping[str, str], call: Call) -> list[str]:
     """Return the parts in the order in which a run uses their weights."""
-    watch = Watch(weights, lambda activations: activations.new_zeros(activations.shape[0]), spread=False)
+    watch = Watch(weights, lambda activations: activations.new_zeros(activations.shape[0]), spread=False, stacks=True)
     with running(model, watch):
         args, kwargs = fresh(call)
         model(*args, **kwargs)
@@ -261,19 +263,24 @@ def _order(model: nn.Module, weights: Mapping[str, Tensor], chosen: Mapping[str,
 
 def _written(rule: _Rule, name: str, weight: Tensor, dim: int) -> str:
     """Return a weight's pattern, as the edit says it."""
-    written = rule.pattern if rule.zeros.group is None or dim else f"{rule.pattern}@0"
+    written = rule.pattern if rule.zeros.group is None or dim == 1 else f"{rule.pattern}@{dim}"
     Pattern.parse(written).check(name, weight.shape)
     return written
 
 
-def _set_(weight: Tensor, rule: _Rule, seen: Tensor, name: str, dim: int) -> None:
-    """Prune one weight in place."""
+def _set_(weight: Tensor, rule: _Rule, seen: Tensor, name: str, dim: int, *, stack: bool) -> None:
+    """Prune one weight in place: a matrix, a convolution's, or a stack of matrices."""
     if not bool(seen.isfinite().all()):
         raise SlivoError(
             f"what {name} reads is NaN or infinite on some sample; repair the model, or give other batches"
         )
     with torch.no_grad():
-        matrices = weight.reshape(1, len(weight), -1).mT if dim == 0 else weight.reshape(len(seen), -1, seen.shape[1])
+        turned = dim == 0 or (stack and dim == 1)
+        if turned:
+            matrices = (weight if stack else weight.reshape(1, len(weight), -1)).mT
+        else:
+            matrices = weight.reshape(len(seen), -1, seen.shape[1])
+        shape = matrices.shape
         if rule.method == "magnitude":  # of the whole weight, whatever its groups
             matrices, seen = matrices.reshape(1, -1, seen.shape[1]), seen[:1]
         # Channels are consecutive, at each place of a kernel.
@@ -284,4 +291,4 @@ def _set_(weight: Tensor, rule: _Rule, seen: Tensor, name: str, dim: int) -> Non
             for along in range(each.dim()) if moved else ():
                 each = each.index_select(along, order)
             out[:, order] = rule.solve(matrix[:, order], each)
-        weight.copy_((new.mT if dim == 0 else new).reshape(weight.shape))
+        weight.copy_((new.reshape(shape).mT if turned else new).reshape(weight.shape))

@@ -19,6 +19,9 @@ from slivo.graph import Member
 
 aten = torch.ops.aten
 
+_GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+"""Products of consecutive rows, told by where they end, with one matrix of a stack each."""
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -79,14 +82,17 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weights: The weights, by name.
         statistic: What is taken.
         spread: Whether the statistic, one number a column, is laid out as the weights are.
+        stacks: Whether the weights of three dimensions are watched, too, that hold one matrix for each expert.
 
     Attributes:
         found: The statistics, by weight and the dimension of it that is contracted (`key`).
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], statistic: Statistic, *, spread: bool) -> None:
+    def __init__(
+        self, weights: Mapping[str, Tensor], statistic: Statistic, *, spread: bool, stacks: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.statistic, self.spread = statistic, spread
+        self.statistic, self.spread, self.stacks = statistic, spread, stacks
         self.found: dict[str, Tensor] = {}
         self._held: dict[int, list[tuple[str, Tensor]]] = {}
         for name, weight in weights.items():
@@ -103,6 +109,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._product(right.t(), left.t())
         elif func is aten.convolution.default:
             self._convolution(args[0], args[1], args[3:])
+        elif func is aten.bmm.default and self.stacks:
+            left, right = args
+            self._stack(left, right)
+            self._stack(right.mT, left.mT)
+        elif str(func) in _GROUPED and self.stacks:
+            given = [*args, *(kwargs or {}).values()]
+            self._parted(given[0], given[1], given[2])
         return func(*args, **(kwargs or {}))
 
     def _name(self, view: Tensor) -> tuple[str, Tensor] | None:
@@ -115,15 +128,47 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _product(self, activation: Tensor, view: Tensor) -> None:
         """See a matrix product, (rows, columns) with (columns, outputs), whose right side may be of a weight."""
         named = self._name(view)
-        if named is None or named[1].dim() != 2:
+        if named is None:
             return
         name, weight = named
+        if self.stacks and weight.dim() == 3:
+            expert = (view.storage_offset() - weight.storage_offset()) // weight.stride(0)
+            self._expert(named, expert, activation, view)
+        if weight.dim() != 2:
+            return
         value = self.statistic(_wide(activation)[None])
         if self.spread:
             start = view.storage_offset() - weight.storage_offset()
             value, column = value.new_zeros(weight.shape), value[0][:, None]
             value.as_strided(view.shape, view.stride(), start).copy_(column.expand(view.shape))
         self._add(name, 1 if view.stride(0) == weight.stride(1) else 0, value)
+
+    def _parted(self, activation: Tensor, view: Tensor, ends: Tensor) -> None:
+        """See a product of consecutive rows with one matrix of a stack each."""
+        named = self._name(view)
+        if named is None or view.shape[0] != len(named[1]):
+            return
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            self._expert(named, expert, activation[start:end], view[expert])
+            start = end
+
+    def _stack(self, activation: Tensor, view: Tensor) -> None:
+        """See a product, (experts, rows, columns) with (experts, columns, outputs)."""
+        named = self._name(view)
+        if named is not None and view.shape[0] == len(named[1]):
+            for expert, (rows, each) in enumerate(zip(activation, view, strict=True)):
+                self._expert(named, expert, rows, each)
+
+    def _expert(self, named: tuple[str, Tensor], expert: int, activation: Tensor, view: Tensor) -> None:
+        """See the product of some rows with one matrix of a stack."""
+        name, weight = named
+        dim = 2 if view.stride(0) == weight.stride(2) else 1
+        if len(view) != weight.shape[dim] or view.stride(0) != weight.stride(dim):
+            return
+        value = self.statistic(_wide(activation)[None])
+        there = self.found.setdefault(key(name, dim, stack=True), value.new_zeros(len(weight), *value.shape[1:]))
+        there[expert] += value[0]
 
     def _convolution(self, x: Tensor, view: Tensor, options: Sequence[Any]) -> None:
         """See a convolution; a transposed one multiplies each activation once for every place of its kernel."""
@@ -148,9 +193,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found[key(name, dim)] = value.clone() if before is None else before.add_(value)
 
 
-def key(tensor: str, dim: int) -> str:
-    """Name a use of a weight: a weight that is tied with its own transpose is read along either dimension."""
-    return f"{tensor}[{dim}]"
+def key(tensor: str, dim: int, *, stack: bool = False) -> str:
+    """Name a use of a weight: a weight that is tied with its own transpose is read along either dimension.
+
+    Of a stack of matrices it is another one than that of a convolution's weight, which may have as many dimensions.
+    """
+    return f"{tensor}[{'stack ' * stack}{dim}]"
 
 
 def _wide(x: Tensor) -> Tensor:
