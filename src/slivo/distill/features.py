@@ -2,7 +2,8 @@
 
 Activations are (batch, features), (batch, tokens, features) or (batch, channels, *space). All losses are pure, scalar,
 computed in float32 at least, let no gradient flow into the teacher, and are means over the samples, so that their
-weights hold for any batch size. Where maps must be of one size, each is average-pooled to the smaller of both sizes.
+weights hold for any batch size; without samples they are 0. Where maps must be of one size, each is average-pooled to
+the smaller of both sizes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def hint(student: Tensor, teacher: Tensor, adapter: Adapter | None = None) -> Te
     Source: Romero et al. 2014, "FitNets: Hints for Thin Deep Nets", arXiv:1412.6550, eq. 3 (there half the sum).
     """
     student, teacher = aligned(student, teacher)
+    if not len(student):
+        return nothing(student)
     return F.mse_loss(fitted(student, teacher, adapter), teacher)
 
 
@@ -55,6 +58,8 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = aligned(student, teacher)
     maps = [unit(places(tensor).square().sum(1)) for tensor in (student, teacher)]
+    if not len(student):
+        return nothing(student)
     return (maps[0] - maps[1]).square().sum(-1).mean()
 
 
@@ -74,6 +79,8 @@ def sp(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Tung, Mori 2019, "Similarity-Preserving Knowledge Distillation", arXiv:1907.09682, eq. 4.
     """
     same_batch(student, teacher, least=2)
+    if not len(student):
+        return nothing(student)
     pair = (tensor.flatten(1) for tensor in widen(student, teacher))
     similarities = [unit(gram(rows, rows)) for rows in pair]
     return (similarities[0] - similarities[1]).square().mean()
@@ -121,6 +128,8 @@ def nst(student: Tensor, teacher: Tensor) -> Tensor:
     eq. 7 with the polynomial kernel of order 2.
     """
     student, teacher = (unit(places(tensor)) for tensor in aligned(student, teacher))
+    if not len(student):
+        return nothing(student)
     pairs = ((student, student, 1), (teacher, teacher, 1), (student, teacher, -2))
     return torch.stack([sign * gram(a, b).square().mean() for a, b, sign in pairs]).sum()
 

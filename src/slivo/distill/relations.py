@@ -92,8 +92,11 @@ def correlation_congruence(student: Tensor, teacher: Tensor, *, gamma: float = 0
     """
     if not (math.isfinite(gamma) and gamma > 0) or order < 1:
         raise RecipeError(f"gamma is {gamma} and order {order}; gamma must be above 0 and order 1 or more")
+    student, teacher = _flat(student, teacher)
+    if not len(student):
+        return nothing(student)
     kernels = []
-    for rows in map(unit, _flat(student, teacher)):
+    for rows in map(unit, (student, teacher)):
         cosines = gram(rows, rows)
         terms = [(2 * gamma) ** p / math.factorial(p) * cosines**p for p in range(order + 1)]
         kernels.append(math.exp(-2 * gamma) * torch.stack(terms).sum(0))
