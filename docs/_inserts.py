@@ -40,8 +40,9 @@ def losses() -> str:
     from slivo import losses as module
 
     rows = []
+    shared = ("weight", "at", "head", "class_map", "labels", "mask")
     for loss in module.describe():
-        own = [option for option in loss.parameters if option.partition(":")[0] not in ("weight", "at", "class_map")]
+        own = [option for option in loss.parameters if option.partition(":")[0] not in shared]
         compares = "logits" if "at: path = ''" in loss.parameters else "activations"
         rows.append((f"`{loss.name}`", loss.summary, compares, "<br>".join(f"`{option}`" for option in own)))
     return _table(("name", "what it is", "compares", "options"), rows)

@@ -49,10 +49,15 @@ def test_descriptions_say_all_options_and_defaults():
         "temperature: float = 4.0",
         "weight: weight = 1.0",
         "at: path = ''",
+        "head: head = None",
         "class_map: indices = None",
+        "mask: part = None",
     )
-    assert described["hint"].parameters == ("weight: weight = 'auto'", "at: path")
-    assert described["rkd_angle"].parameters == ("chunk: int = 32", "weight: weight = 'auto'", "at: path")
+    activations = ("weight: weight = 'auto'", "at: path", "head: head = None")
+    assert described["hint"].parameters == activations
+    assert described["rkd_angle"].parameters == ("chunk: int = 32", *activations)
+    assert described["relation"].parameters == ("heads: int = 8", *activations, "mask: part = None")
+    assert described["dkd"].parameters[-2:] == ("labels: part = None", "mask: part = None")
     assert all(each.summary for each in described.values())
     # The defaults that are shown are valid.
     for name, each in described.items():
@@ -69,6 +74,9 @@ def test_options_reach_the_term():
     assert term.params == {"alpha": 2.0, "beta": 1.0}
     assert isinstance(term.params["alpha"], float)
     assert (term.weight, term.at, term.class_map) == (3.0, "head", ClassMap((1, None, 0)))
+    term = losses.build({"dkd": {"head": {"kinds": 1}, "labels": "kind", "mask": "1.known"}})
+    assert (term.head, term.labels, term.mask) == ({"kinds": 1}, "kind", "1.known")
+    assert losses.hint(head=["a", "b"]).head == ("a", "b")
     assert losses.build({"kd": None}) == losses.build({"kd": {}}) == losses.kd()
     assert losses.sp(at=["a", "b.*"]).at == ("a", "b.*")
     assert losses.kd(class_map=ClassMap((0, 1))).class_map == ClassMap((0, 1))
@@ -99,7 +107,7 @@ def test_a_loss_is_one_name_with_options(wrong):
         ({"kd": 0.9}, r"options of loss kd are 0.9; write names with values"),
         ({"kd": ["temperature"]}, "options of loss kd are"),
         ({"kd": {"temprature": 4}}, "loss kd has no option 'temprature'; did you mean temperature"),
-        ({"kd": {"xyzzy": 4}}, "has no option 'xyzzy'; there are temperature, weight, at, class_map"),
+        ({"kd": {"xyzzy": 4}}, "has no option 'xyzzy'; there are temperature, weight, at, head, class_map, mask"),
         ({"kd": {1: 4}}, "has no option 1"),
         ({"hint": {"at": "a", "class_map": [0, 1]}}, "loss hint has no option 'class_map'"),
         ({"hint": {}}, "loss hint needs 'at': the path of the module to compare"),
@@ -112,6 +120,15 @@ def test_a_loss_is_one_name_with_options(wrong):
         ({"hint": {"at": 1}}, r"hint.at is 1; it must be a module's path, two \(student, teacher\), or a mapping"),
         ({"hint": {"at": ["a", "b", "c"]}}, "hint.at is"),
         ({"hint": {"at": ["a", 1]}}, "hint.at is"),
+        ({"kd": {"head": []}}, r"head of kd is \[\]; it must be the name or place of an output, a pair"),
+        ({"kd": {"head": {}}}, "head of kd is {}"),
+        ({"kd": {"head": ["a", "b", "c"]}}, "head of kd is"),
+        ({"kd": {"head": True}}, "head of kd is True"),
+        ({"kd": {"head": {"a": 1.5}}}, "head of kd is {'a': 1.5}"),
+        ({"kd": {"head": "a", "at": "layer1"}}, "kd is at 'layer1' and of head 'a'; give one of both"),
+        ({"kd": {"mask": True}}, "mask of kd is True; it must be a part of the batch, by name or place, or a function"),
+        ({"dkd": {"labels": ["a"]}}, r"labels of dkd is \['a'\]"),
+        ({"sp": {"mask": "a", "at": "b"}}, "loss sp has no option 'mask'"),
         ({"kd": {"class_map": 3}}, "kd.class_map is 3; it must be a list with the teacher's class"),
         ({"kd": {"class_map": "ab"}}, "kd.class_map is 'ab'"),
         ({"kd": {"class_map": {"student": [0, 1]}}}, "kd.class_map is .*it must be a list .* or null"),

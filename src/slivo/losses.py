@@ -4,7 +4,8 @@ What there is, and with which options, comes from the functions themselves: ever
 `slivo.distill.logits`, `slivo.distill.features`, `slivo.distill.maps`, `slivo.distill.relations`,
 `slivo.distill.contrast` and `slivo.distill.tokens` is a loss. Each builder takes the
 function's options, and besides ``weight``, ``at`` (needed by all but the losses on logits, which compare the models'
-outputs unless told otherwise) and, for logits, ``class_map``. A number may be a `slivo.distill.Ramp`, in recipes
+outputs unless told otherwise) or ``head`` (one of several outputs), for logits ``class_map``, and for those that need
+them ``labels`` and ``mask``, as of `slivo.distill.Term`. A number may be a `slivo.distill.Ramp`, in recipes
 ``{start: 0, end: 0.9, until: 0.5}``. Losses on activations are weighted automatically (``"auto"``) unless told
 otherwise, because their scales differ by orders of magnitude.
 
@@ -36,6 +37,7 @@ from slivo.errors import RecipeError, ShapeError
 __all__ = ["Loss", "build", "describe", "names"]
 
 _REQUIRED = object()
+_OF_TERMS = ("weight", "at", "head", "class_map", "labels", "mask")
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def describe() -> list[Loss]:
     """Return name, first line and options of each loss, in the order of `names`.
 
     Example:
-        >>> next(loss for loss in describe() if loss.name == "kd").parameters
-        ('temperature: float = 4.0', 'weight: weight = 1.0', "at: path = ''", 'class_map: indices = None')
+        >>> next(loss for loss in describe() if loss.name == "kd").parameters[:3]
+        ('temperature: float = 4.0', 'weight: weight = 1.0', "at: path = ''")
     """
     found = []
     for name, function in sorted(_functions().items()):
@@ -153,9 +155,10 @@ def _options(function: FunctionType) -> dict[str, _Option]:
     }
     options["weight"] = _Option("weight", 1.0 if _of(function, logits) else "auto")
     options["at"] = _Option("path", "" if _of(function, logits) else _REQUIRED)
+    options["head"] = _Option("head", None)
     if _of(function, logits):
         options["class_map"] = _Option("indices", None)
-    return options
+    return options | {name: _Option("part", None) for name in supplied(function) if name in ("labels", "mask")}
 
 
 def _term(function: FunctionType, given: Mapping[str, Any]) -> Term:
@@ -165,11 +168,13 @@ def _term(function: FunctionType, given: Mapping[str, Any]) -> Term:
         if name not in options:
             raise RecipeError(f"loss {place} has no option {name!r}; {_near(str(name), list(options))}")
     missing = [name for name, option in options.items() if option.default is _REQUIRED and name not in given]
-    if missing:
-        raise RecipeError(f"loss {place} needs {missing[0]!r}: the path of the module to compare, such as at='layer1'")
+    if missing and given.get("head") is None:
+        raise RecipeError(
+            f"loss {place} needs {missing[0]!r}: the path of the module to compare, such as at='layer1', or a head"
+        )
     values = {name: _value(f"{place}.{name}", options[name].kind, value) for name, value in given.items()}
     own: dict[str, Any] = {"weight": options["weight"].default}
-    own |= {name: values.pop(name) for name in ("weight", "at", "class_map") if name in values}
+    own |= {name: values.pop(name) for name in _OF_TERMS if name in values}
     for progress in (0.0, 1.0):
         _try(function, {name: now(value, progress) for name, value in values.items()})
     return Term(function, values, **own)
@@ -185,6 +190,8 @@ def _value(place: str, kind: str, value: Any) -> Any:
         return value
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return value
+    if kind in ("head", "part"):
+        return value  # which the term looks through
     if kind == "path":
         if isinstance(value, str):
             return value

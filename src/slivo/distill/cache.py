@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from slivo.distill.heads import of_path
 from slivo.distill.objective import answers
 from slivo.distill.records import DTYPES, Form, Rows, Store, create, identify, publish
 from slivo.distill.taps import match
@@ -68,8 +69,8 @@ def cached(
         teacher: The model; run in evaluation mode, without gradients and without autocast; left as it was.
         data: The views that the student trains on.
         folder: Where the answers are; made when there is the first.
-        taps: Modules whose outputs are kept: paths or patterns as in `slivo.distill.tap`; ``""`` is the model's output.
-            A distillation may compare at these places and no others.
+        taps: Modules whose outputs are kept: paths or patterns as in `slivo.distill.tap`; ``""`` is the model's output,
+            and ``"[boxes]"`` one of several. A distillation may compare at these places and no others.
         top_k: How many of the output's classes are kept, the most probable ones; all if None. The others share what
             probability is left in equal parts. The output comes back as log-probabilities, so that losses on
             distributions (``kd``, ``dkd``, ``reverse_kl``) can use it and those on the logits' size (``mse``) cannot.
@@ -101,7 +102,11 @@ def cached(
         2
     """
     paths = tuple(
-        dict.fromkeys(found for tap in taps for found in (match(teacher, tap, role="teacher") if tap else [""]))
+        dict.fromkeys(
+            found
+            for tap in taps
+            for found in ([tap] if not tap or of_path(tap) else match(teacher, tap, role="teacher"))
+        )
     )
     if not paths:
         raise RecipeError('there are no taps; give paths of modules, or "" for the output')

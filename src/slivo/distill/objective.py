@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from slivo.distill import balance
+from slivo.distill import balance, heads
 from slivo.distill import teacher as teachers
 from slivo.distill._tensors import first_tensor, shape
 from slivo.distill.adapt import made_by, make, sizes
@@ -76,9 +76,11 @@ def distillation(
         task_loss: ``(output, batch)`` to a scalar, the mean over samples.
         terms: What is compared; see `slivo.losses`.
         label_weight: Weight of the task's own loss; 0 needs no labels.
-        labels: Class labels of a batch, for losses that need them (``dkd``).
-        mask: Which tokens of a batch count, shape (batch, tokens), for losses on tokens; None for all.
-        class_map: Which classes are shared, if student and teacher have different ones.
+        labels: Class labels of a batch, for losses that need them (``dkd``) and name none of their own.
+        mask: Which tokens of a batch count, shape (batch, tokens), for losses on tokens that name none of their own;
+            None for all.
+        class_map: Which classes are shared, if student and teacher have different ones, for losses on the outputs that
+            have none of their own; of several heads each has its own.
         teacher_forward: As ``task_forward``, for a teacher whose inputs are others, such as clean images, larger ones,
             or another modality; None for the same.
 
@@ -197,7 +199,8 @@ class Distillation:
     def lesson(self) -> dict[str, str]:
         """What is taught: the teacher's checksum, the terms and the labels' weight, to compare with another's."""
         said = [
-            (term.name, sorted(term.params.items()), term.weight, term.at, self._classes(term)) for term in self.terms
+            (term.name, sorted(term.params.items()), term.weight, term.at, self._classes(term), term.head)
+            for term in self.terms
         ]
         taught = self._before if self._source is None else f"{self._before} {self._source.lesson}"
         return {"teacher": taught, "losses": repr(said), "label_weight": repr(self._label_weight)}
@@ -262,10 +265,11 @@ class Distillation:
         args: list[Any] = [student, teacher]
         for what in term.supplied:
             if what == "labels":
-                classes, labels = self._classes(term), self._parts.labels(batch)
+                labels = heads.taken(batch, self._parts.labels if term.labels is None else term.labels)
+                classes = self._classes(term)
                 args.append(labels if classes is None else classes.labels(labels))
             elif what == "mask":
-                args.append(self._parts.mask(batch))
+                args.append(heads.taken(batch, self._parts.mask if term.mask is None else term.mask))
             else:
                 args.append(self._adapter(name, term, student, teacher))
         value = term.function(*args, **term.options(self.progress))
@@ -337,7 +341,7 @@ def answers(
 def _outputs(
     model: nn.Module, forward: Callable[[nn.Module, Batch], Any], batch: Batch, paths: Sequence[str], role: str
 ) -> tuple[Any, dict[str, Tensor]]:
-    inner = sorted({path for path in paths if path})
+    inner = sorted({path for path in paths if path and heads.of_path(path) is None})
     with tap(model, inner) as seen:
         output = forward(model, batch)
     missing = [path for path in inner if path not in seen]
@@ -348,6 +352,10 @@ def _outputs(
         if logits is None:
             raise SlivoError(f"the {role} puts out {type(output).__name__} without a tensor; return logits")
         seen[""] = logits
+    for path in paths:
+        head = heads.of_path(path)
+        if head is not None:
+            seen[path] = heads.find(output, head, f"the output of the {role}")
     return output, seen
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
+from slivo.distill import heads
 from slivo.distill.classes import ClassMap
 from slivo.distill.schedule import Ramp, now
 from slivo.distill.taps import match
@@ -38,7 +39,14 @@ class Term:
         at: Path of the module whose output is compared, in both models, or a pair of paths (student, teacher); ``""``
             is the model's output. With ``*`` and ``**`` it may be many, in each model's order; each is a term. A
             mapping lists several, ``{student: teacher}``.
-        class_map: Which classes are shared, if the outputs' classes differ; None takes the distillation's.
+        class_map: Which classes are shared, if the outputs' classes differ; None takes the distillation's, but of a
+            head has none.
+        head: Which output is compared, if a model has several: a key, field or place such as ``"boxes"``, ``1`` or
+            ``"hidden_states.3"``, or a pair (student, teacher). A mapping lists several, ``{student: teacher}``.
+            ``at`` is then ``""``.
+        labels: What the function's ``labels`` are: a part of the batch (by key or place, as ``head``) or a function of
+            the batch; None takes the distillation's.
+        mask: The same of its ``mask``.
     """
 
     function: Callable[..., Tensor]
@@ -46,6 +54,9 @@ class Term:
     weight: Weight = 1.0
     at: At = ""
     class_map: ClassMap | None = None
+    head: heads.Head | None = None
+    labels: heads.Part | None = None
+    mask: heads.Part | None = None
 
     def __post_init__(self) -> None:
         _check_weight(self.name, self.weight)
@@ -53,6 +64,14 @@ class Term:
             object.__setattr__(self, "at", tuple(self.at))
             if len(self.at) != 2 or not all(isinstance(path, str) for path in self.at):
                 raise RecipeError(f"at of {self.name} is {self.at}; it must be a module's path, or (student, teacher)")
+        heads.check_part(f"labels of {self.name}", self.labels)
+        heads.check_part(f"mask of {self.name}", self.mask)
+        if self.head is not None:
+            heads.pairs(self.name, self.head)
+            if not isinstance(self.head, str | int | Mapping):
+                object.__setattr__(self, "head", tuple(self.head))
+            if self.at != "":
+                raise RecipeError(f"{self.name} is at {self.at!r} and of head {self.head!r}; give one of both")
         unknown = [name for name in self.supplied if name not in _SUPPLIED]
         if unknown:
             raise RecipeError(
@@ -81,8 +100,8 @@ class Term:
 
     @property
     def on_outputs(self) -> bool:
-        """Whether the models' outputs are compared."""
-        return self.at in ("", ("", ""))
+        """Whether the models' outputs are compared, of which there is one each."""
+        return self.head is None and self.at in ("", ("", ""))
 
     def options(self, progress: float) -> dict[str, Any]:
         """Return the options at a share of the training that is done."""
@@ -91,7 +110,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a term looks: one path in each model, or several at once."""
+    """Where a term looks: one path in each model, or several at once; heads stand in brackets."""
 
     student: tuple[str, ...]
     teacher: tuple[str, ...]
@@ -130,15 +149,18 @@ def plan(terms: Sequence[Term], student: nn.Module, teacher: nn.Module) -> dict[
     for term in terms:
         for place in _places(term, student, teacher):
             said = "+".join(place.student)
-            name = f"{term.name}@{said}" if said else term.name
+            name = f"{term.name}@{said}" if said and term.head is None else f"{term.name}{said}"
             count = sum(other == name or other.startswith(f"{name}#") for other in ("labels", *found))
             found[f"{name}#{count + 1}" if count else name] = (term, place)
     return found
 
 
 def _places(term: Term, student: nn.Module, teacher: nn.Module) -> list[Place]:
-    pairs = list(term.at.items()) if isinstance(term.at, Mapping) else [term.at]
-    found = [pair for each in pairs for pair in _pairs(term.name, each, student, teacher)]
+    if term.head is None:
+        pairs = list(term.at.items()) if isinstance(term.at, Mapping) else [term.at]
+        found = [pair for each in pairs for pair in _pairs(term.name, each, student, teacher)]
+    else:
+        found = [(heads.path(ours), heads.path(theirs)) for ours, theirs in heads.pairs(term.name, term.head)]
     if term.joint:
         return [Place(tuple(ours for ours, _ in found), tuple(theirs for _, theirs in found))]
     return [Place((ours,), (theirs,)) for ours, theirs in found]
