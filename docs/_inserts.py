@@ -40,7 +40,7 @@ def losses() -> str:
     from slivo import losses as module
 
     rows = []
-    shared = ("weight", "at", "head", "class_map", "labels", "mask")
+    shared = ("weight", "at", "head", "class_map", "class_dim", "labels", "mask")
     for loss in module.describe():
         own = [option for option in loss.parameters if option.partition(":")[0] not in shared]
         compares = "logits" if "at: path = ''" in loss.parameters else "activations"

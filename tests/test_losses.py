@@ -51,6 +51,7 @@ def test_descriptions_say_all_options_and_defaults():
         "at: path = ''",
         "head: head = None",
         "class_map: indices = None",
+        "class_dim: dimension = None",
         "mask: part = None",
     )
     activations = ("weight: weight = 'auto'", "at: path", "head: head = None")
@@ -76,6 +77,8 @@ def test_options_reach_the_term():
     assert (term.weight, term.at, term.class_map) == (3.0, "head", ClassMap((1, None, 0)))
     term = losses.build({"dkd": {"head": {"kinds": 1}, "labels": "kind", "mask": "1.known"}})
     assert (term.head, term.labels, term.mask) == ({"kinds": 1}, "kind", "1.known")
+    assert losses.build({"kd": {"class_dim": 1}}).class_dim == 1
+    assert losses.build({"kd": {"class_dim": None}}) == losses.kd()
     assert losses.hint(head=["a", "b"]).head == ("a", "b")
     assert losses.build({"kd": None}) == losses.build({"kd": {}}) == losses.kd()
     assert losses.sp(at=["a", "b.*"]).at == ("a", "b.*")
@@ -107,7 +110,10 @@ def test_a_loss_is_one_name_with_options(wrong):
         ({"kd": 0.9}, r"options of loss kd are 0.9; write names with values"),
         ({"kd": ["temperature"]}, "options of loss kd are"),
         ({"kd": {"temprature": 4}}, "loss kd has no option 'temprature'; did you mean temperature"),
-        ({"kd": {"xyzzy": 4}}, "has no option 'xyzzy'; there are temperature, weight, at, head, class_map, mask"),
+        (
+            {"kd": {"xyzzy": 4}},
+            "has no option 'xyzzy'; there are temperature, weight, at, head, class_map, class_dim, mask",
+        ),
         ({"kd": {1: 4}}, "has no option 1"),
         ({"hint": {"at": "a", "class_map": [0, 1]}}, "loss hint has no option 'class_map'"),
         ({"hint": {}}, "loss hint needs 'at': the path of the module to compare"),
@@ -126,6 +132,8 @@ def test_a_loss_is_one_name_with_options(wrong):
         ({"kd": {"head": True}}, "head of kd is True"),
         ({"kd": {"head": {"a": 1.5}}}, "head of kd is {'a': 1.5}"),
         ({"kd": {"head": "a", "at": "layer1"}}, "kd is at 'layer1' and of head 'a'; give one of both"),
+        ({"kd": {"class_dim": 1.0}}, "kd.class_dim is 1.0; it must be the number of a dimension"),
+        ({"hint": {"at": "a", "class_dim": 1}}, "loss hint has no option 'class_dim'"),
         ({"kd": {"mask": True}}, "mask of kd is True; it must be a part of the batch, by name or place, or a function"),
         ({"dkd": {"labels": ["a"]}}, r"labels of dkd is \['a'\]"),
         ({"sp": {"mask": "a", "at": "b"}}, "loss sp has no option 'mask'"),

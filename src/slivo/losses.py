@@ -2,12 +2,12 @@
 
 What there is, and with which options, comes from the functions themselves: every public function of
 `slivo.distill.logits`, `slivo.distill.features`, `slivo.distill.maps`, `slivo.distill.relations`,
-`slivo.distill.contrast` and `slivo.distill.tokens` is a loss. Each builder takes the
-function's options, and besides ``weight``, ``at`` (needed by all but the losses on logits, which compare the models'
-outputs unless told otherwise) or ``head`` (one of several outputs), for logits ``class_map``, and for those that need
-them ``labels`` and ``mask``, as of `slivo.distill.Term`. A number may be a `slivo.distill.Ramp`, in recipes
-``{start: 0, end: 0.9, until: 0.5}``. Losses on activations are weighted automatically (``"auto"``) unless told
-otherwise, because their scales differ by orders of magnitude.
+`slivo.distill.contrast` and `slivo.distill.tokens` is a loss. Each builder takes the function's options, and besides
+what `slivo.distill.Term` has: ``weight``, ``at`` (needed by all but the losses on logits, which compare the models'
+outputs unless told otherwise) or ``head``, for logits ``class_map`` and ``class_dim``, and for those that need them
+``labels`` and ``mask``. A number may be a `slivo.distill.Ramp`, in recipes ``{start: 0, end: 0.9, until: 0.5}``. Losses
+on activations are weighted automatically (``"auto"``) unless told otherwise, because their scales differ by orders of
+magnitude.
 
 Example:
     >>> from slivo import losses
@@ -37,7 +37,7 @@ from slivo.errors import RecipeError, ShapeError
 __all__ = ["Loss", "build", "describe", "names"]
 
 _REQUIRED = object()
-_OF_TERMS = ("weight", "at", "head", "class_map", "labels", "mask")
+_OF_TERMS = ("weight", "at", "head", "class_map", "class_dim", "labels", "mask")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _options(function: FunctionType) -> dict[str, _Option]:
     options["at"] = _Option("path", "" if _of(function, logits) else _REQUIRED)
     options["head"] = _Option("head", None)
     if _of(function, logits):
-        options["class_map"] = _Option("indices", None)
+        options |= {"class_map": _Option("indices", None), "class_dim": _Option("dimension", None)}
     return options | {name: _Option("part", None) for name in supplied(function) if name in ("labels", "mask")}
 
 
@@ -188,7 +188,9 @@ def _value(place: str, kind: str, value: Any) -> Any:
         return _ramp(place, value)
     if kind == "weight" and value == "auto":
         return value
-    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
+    if kind == "dimension" and value is None:
+        return value
+    if kind in ("int", "dimension") and isinstance(value, int) and not isinstance(value, bool):
         return value
     if kind in ("head", "part"):
         return value  # which the term looks through
@@ -216,6 +218,7 @@ def _value(place: str, kind: str, value: Any) -> Any:
         "float": "a number, or a ramp {start: …, end: …}",
         "weight": "a number, auto, or a ramp {start: …, end: …}",
         "int": "a whole number",
+        "dimension": "the number of a dimension, such as 1 or -1, or null",
         "path": "a module's path, two (student, teacher), or a mapping {student: teacher}",
         "indices": "a list with the teacher's class for each of the student's, {teacher: […], unmapped: …}, or null",
     }

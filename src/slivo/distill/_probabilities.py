@@ -16,6 +16,8 @@ def checked(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tens
     if student.dim() < 2 or student.shape != teacher.shape:
         classes = student.shape[-1:] != teacher.shape[-1:]
         remedy = "give a class_map (ClassMap) that says which classes are shared" if classes else "use the same batch"
+        if not classes and student.dim() > 2:
+            remedy += ", and class_dim=1 if classes are the second dimension"
         raise ShapeError(
             f"student logits {shape(student)} and teacher logits {shape(teacher)} must have one shape "
             f"(..., classes); {remedy}"

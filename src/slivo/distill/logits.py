@@ -1,10 +1,12 @@
 """Losses between the logits of student and teacher. One function each; the name in recipes is the function's.
 
-All are pure and scalar: a mean over the samples (all leading dimensions), in nats where they are divergences. They are
-computed in float32 at least, and no gradient flows into the teacher. A class at minus infinity in either is masked: it
-is left out of both distributions, and a sample (or token) with no class left is left out of the mean, as is one that
-``mask`` does not count (True or 1 where it does). The mask of a batch's tokens is of no account for logits that have no
-tokens, such as of a text's class. Options out of range raise a RecipeError.
+All are pure and scalar: a mean over the samples (all leading dimensions), in nats where they are divergences. Classes
+are the last dimension; of logits (batch, classes, height, width) give ``logits.movedim(1, -1)``, or in an objective
+``class_dim=1``: each place is then a sample, and the loss of larger maps no larger. They are computed in float32 at
+least, and no gradient flows into the teacher. A class at minus infinity in either is masked: it is left out of both
+distributions, and a sample (or token) with no class left is left out of the mean, as is one that ``mask`` does not
+count (True or 1 where it does). The mask of a batch's tokens is of no account for logits that have no tokens, such as
+of a text's class. Options out of range raise a RecipeError.
 
 Where there is a temperature T the loss is multiplied by T², without which its gradient would fade as 1/T²: a weight
 found at one temperature then holds for others. (Not for `dist`: correlations do not fade, its T² is the authors'.)

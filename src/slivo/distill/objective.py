@@ -199,7 +199,15 @@ class Distillation:
     def lesson(self) -> dict[str, str]:
         """What is taught: the teacher's checksum, the terms and the labels' weight, to compare with another's."""
         said = [
-            (term.name, sorted(term.params.items()), term.weight, term.at, self._classes(term), term.head)
+            (
+                term.name,
+                sorted(term.params.items()),
+                term.weight,
+                term.at,
+                self._classes(term),
+                term.head,
+                term.class_dim,
+            )
             for term in self.terms
         ]
         taught = self._before if self._source is None else f"{self._before} {self._source.lesson}"
@@ -253,7 +261,8 @@ class Distillation:
         """Return what a term compares: two tensors on the classes that both share, or two lists of tensors."""
         if term.joint:
             return [ours[path] for path in place.student], [theirs[path] for path in place.teacher]
-        student, teacher, classes = ours[place.student[0]], theirs[place.teacher[0]], self._classes(term)
+        student, teacher = term.classes_last(ours[place.student[0]], theirs[place.teacher[0]])
+        classes = self._classes(term)
         return (student, teacher) if classes is None else classes.logits(student, teacher)
 
     def _classes(self, term: Term) -> ClassMap | None:

@@ -12,11 +12,12 @@ from typing import Any, Literal, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
-from slivo.distill import heads
+from slivo.distill import heads, logits
+from slivo.distill._tensors import shape
 from slivo.distill.classes import ClassMap
 from slivo.distill.schedule import Ramp, now
 from slivo.distill.taps import match
-from slivo.errors import RecipeError, SlivoError
+from slivo.errors import RecipeError, ShapeError, SlivoError
 
 At = str | tuple[str, str] | Mapping[str, str]
 Weight = float | Ramp | Literal["auto"]
@@ -47,6 +48,9 @@ class Term:
         labels: What the function's ``labels`` are: a part of the batch (by key or place, as ``head``) or a function of
             the batch; None takes the distillation's.
         mask: The same of its ``mask``.
+        class_dim: Which dimension of both tensors holds the classes, if it is not the last: 1 for (batch, classes,
+            height, width). It is moved to the end, before class map and mask, and so each place is a sample. Losses on
+            logits of more than three dimensions want it said, 1 or -1, for a softmax over columns would go unseen.
     """
 
     function: Callable[..., Tensor]
@@ -57,6 +61,7 @@ class Term:
     head: heads.Head | None = None
     labels: heads.Part | None = None
     mask: heads.Part | None = None
+    class_dim: int | None = None
 
     def __post_init__(self) -> None:
         _check_weight(self.name, self.weight)
@@ -102,6 +107,29 @@ class Term:
     def on_outputs(self) -> bool:
         """Whether the models' outputs are compared, of which there is one each."""
         return self.head is None and self.at in ("", ("", ""))
+
+    def classes_last(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both with their classes in the last dimension.
+
+        Raises:
+            ShapeError: If there is no such dimension, or it must be said which it is.
+        """
+        dim, most = self.class_dim, max(student.dim(), teacher.dim())
+        # Of all losses on logits only these do not ask what is a class.
+        entrywise = self.function in (logits.mse, logits.l1)
+        if dim is None and most > 3 and self.function.__module__ == logits.__name__ and not entrywise:
+            raise ShapeError(
+                f"student logits {shape(student)} and teacher logits {shape(teacher)} have more than three dimensions; "
+                "say which holds the classes: class_dim=1 for (batch, classes, height, width), -1 for the last"
+            )
+        if dim is None:
+            return student, teacher
+        try:
+            return student.movedim(dim, -1), teacher.movedim(dim, -1)
+        except IndexError:
+            raise ShapeError(
+                f"class_dim is {dim}, and student {shape(student)} and teacher {shape(teacher)} have no such dimension"
+            ) from None
 
     def options(self, progress: float) -> dict[str, Any]:
         """Return the options at a share of the training that is done."""
