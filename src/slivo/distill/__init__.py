@@ -22,7 +22,16 @@ from slivo.distill.pairs import Pair, Pairs, propose
 from slivo.distill.peers import SelfTaught, labelled, mutual, self_taught
 from slivo.distill.ranks import gathered
 from slivo.distill.schedule import Ramp
-from slivo.distill.sequence import check_vocabularies, continued, on_policy, shared_places, teacher_texts
+from slivo.distill.sequence import (
+    causal_language_model,
+    check_vocabularies,
+    continued,
+    mask_tokens,
+    masked_language_model,
+    on_policy,
+    shared_places,
+    teacher_texts,
+)
 from slivo.distill.student import Inherited, inherit
 from slivo.distill.taps import tap
 from slivo.distill.teacher import doubt
@@ -53,6 +62,7 @@ __all__ = [
     "Views",
     "adapted",
     "cached",
+    "causal_language_model",
     "check_vocabularies",
     "committee",
     "continued",
@@ -63,6 +73,8 @@ __all__ = [
     "inherit",
     "labelled",
     "learn_voices",
+    "mask_tokens",
+    "masked_language_model",
     "mutual",
     "on_policy",
     "propose",

@@ -1,15 +1,17 @@
-"""Sequences: what a model says when it goes on by itself, the teacher as a target, the student to be taught on."""
+"""Sequences: a teacher's own training, what a model says when it goes on by itself, and learning from it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slivo.distill._tensors import first_tensor, shape
+from slivo.distill._tensors import class_indices, first_tensor, shape
+from slivo.distill.objective import attended
 from slivo.errors import RecipeError, ShapeError, SlivoError
 from slivo.graph.capture import evaluating
 
@@ -19,6 +21,147 @@ Objective = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 def _named(model: nn.Module, tokens: Tensor) -> Any:
     return model(tokens)
+
+
+def _called(model: nn.Module, batch: Batch) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch if isinstance(batch, Tensor) else batch[0])
+
+
+def causal_language_model(
+    *,
+    forward: Callable[[nn.Module, Batch], Any] = _called,
+    mask: Callable[[Batch], Tensor | None] = attended,
+) -> Objective:
+    """Return the objective by which a model learns to say the next token, such as a teacher before it teaches.
+
+    Args:
+        forward: ``(model, batch)`` to logits, shape (batch, tokens, vocabulary), or something with ``logits``; by
+            default a mapping is the model's keyword arguments, and of a tuple or list the first item its argument.
+        mask: Which tokens of a batch count, shape (batch, tokens); None for all. A token counts if it and the one
+            before are no padding; one below 0 never does.
+
+    Returns:
+        A callable ``(model, batch)`` to ``{"next_token": loss}`` for `slivo.train.fit` or any loop. The tokens of a
+        batch are the batch itself, its ``input_ids``, or its first item: integers of shape (batch, tokens). The loss is
+        −log p(x_t | x_1 … x_{t−1}) in nats, the mean over tokens that count, computed in float32 at least; its
+        exponential is the perplexity.
+
+    Source: Radford, Narasimhan, Salimans, Sutskever 2018, "Improving Language Understanding by Generative
+    Pre-Training" (no arXiv id), eq. 1.
+
+    Example:
+        >>> class Next(nn.Module):
+        ...     def forward(self, tokens):
+        ...         return 99.0 * nn.functional.one_hot((tokens + 1) % 5, 5)
+        >>> causal_language_model()(Next(), torch.tensor([[2, 3, 4, 0]]))["next_token"].item()
+        0.0
+    """
+
+    def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        tokens, counted = _tokens(batch), mask(batch)
+        known = _counts(counted, tokens)
+        logits = _logits(forward(model, batch), tokens)
+        return {"next_token": _surprise(logits[:, :-1], tokens[:, 1:], known[:, 1:] & known[:, :-1])}
+
+    return objective
+
+
+def masked_language_model(
+    mask_id: int,
+    vocabulary: int,
+    *,
+    share: float = 0.15,
+    special: Sequence[int] = (),
+    forward: Callable[[nn.Module, Batch], Any] = _called,
+    mask: Callable[[Batch], Tensor | None] = attended,
+) -> Objective:
+    """Return the objective by which a model learns to fill in hidden tokens, such as a teacher before it teaches.
+
+    Each batch is hidden anew, by `mask_tokens`; `slivo.train.fit` seeds what is drawn. Whoever has a tokenizer of
+    transformers may as well train on what its ``DataCollatorForLanguageModeling`` gives, by the model's own loss
+    (``lambda model, batch: {"labels": model(**batch).loss}``): the same rule, for which a tokenizer's class is needed.
+
+    Args:
+        mask_id: The token that stands for hidden ones.
+        vocabulary: How many tokens there are.
+        share: How likely a token is hidden.
+        special: Tokens that never are, such as those of the beginning, the end and the padding.
+        forward: As in `causal_language_model`.
+        mask: Which tokens of a batch count, shape (batch, tokens), and may be hidden; None for all.
+
+    Returns:
+        A callable ``(model, batch)`` to ``{"masked_token": loss}`` for `slivo.train.fit` or any loop, of batches as in
+        `causal_language_model`. The loss is −log p(x_t | the text with tokens hidden) in nats, the mean over the tokens
+        that were chosen; 0 where none was.
+
+    Raises:
+        RecipeError: If an option is out of range.
+
+    Source: Devlin, Chang, Lee, Toutanova 2018, "BERT: Pre-training of Deep Bidirectional Transformers for Language
+    Understanding", arXiv:1810.04805, section 3.1.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+        >>> list(masked_language_model(9, 10)(model, torch.randint(9, (2, 6))))
+        ['masked_token']
+    """
+    _check_hiding(mask_id, vocabulary, share, special)
+
+    def objective(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        tokens, counted = _tokens(batch), mask(batch)
+        hidden, chosen = mask_tokens(tokens, mask_id, vocabulary, share=share, special=special, counted=counted)
+        logits = _logits(forward(model, _with_tokens(batch, hidden)), tokens)
+        return {"masked_token": _surprise(logits, tokens, chosen)}
+
+    return objective
+
+
+def mask_tokens(
+    tokens: Tensor,
+    mask_id: int,
+    vocabulary: int,
+    *,
+    share: float = 0.15,
+    special: Sequence[int] = (),
+    counted: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Hide tokens at random, to have a model fill them in.
+
+    Of the tokens that are chosen 80 % become ``mask_id``, 10 % any token of the vocabulary, and 10 % stay, so that a
+    model must know what every token is, and not only where there is a hole.
+
+    Args:
+        tokens: Integers of shape (batch, tokens); not changed.
+        mask_id: As in `masked_language_model`.
+        vocabulary: As there.
+        share: How likely each is chosen.
+        special: Tokens that are never chosen.
+        counted: Which may be chosen, shape (batch, tokens); None for all.
+
+    Returns:
+        The tokens with some hidden, and which were chosen, booleans. Drawn from PyTorch's generator.
+
+    Raises:
+        RecipeError: If an option is out of range.
+        ShapeError: If these are no tokens, or ``counted`` is not of them.
+
+    Source: Devlin, Chang, Lee, Toutanova 2018, arXiv:1810.04805, section 3.1.
+
+    Example:
+        >>> hidden, chosen = mask_tokens(torch.tensor([[0, 5, 6, 1]]), 9, 10, share=1.0, special=[0, 1])
+        >>> chosen.tolist()
+        [[False, True, True, False]]
+    """
+    _check_hiding(mask_id, vocabulary, share, special)
+    known = _counts(counted, _tokens(tokens))
+    known &= ~torch.isin(tokens, torch.tensor(list(special), dtype=tokens.dtype, device=tokens.device))
+    chosen = known & (torch.rand(tokens.shape, device=tokens.device) < share)
+    fate = torch.rand(tokens.shape, device=tokens.device)
+    others = torch.randint(vocabulary, tokens.shape, dtype=tokens.dtype, device=tokens.device)
+    hidden = torch.where(fate < 0.8, mask_id, torch.where(fate < 0.9, others, tokens))
+    return torch.where(chosen, hidden, tokens), chosen
 
 
 def continued(
@@ -60,12 +203,7 @@ def continued(
     over = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     with evaluating(model), torch.no_grad():
         for _ in range(count):
-            logits = first_tensor(forward(model, tokens))
-            if logits is None or logits.dim() != 3 or logits.shape[:2] != tokens.shape:
-                said = "no tensor" if logits is None else shape(logits)
-                wanted = "logits are (batch, tokens, vocabulary)"
-                raise ShapeError(f"the model gives out {said} for tokens {shape(tokens)}; {wanted}")
-            last = logits[:, -1].float()
+            last = _logits(forward(model, tokens), tokens)[:, -1].float()
             if temperature == 0:
                 chosen = last.argmax(-1)
             else:
@@ -197,3 +335,56 @@ def shared_places(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         both &= last.unsqueeze(dim)
     ours, theirs = both.nonzero(as_tuple=True)
     return ours, theirs
+
+
+def _logits(output: Any, tokens: Tensor) -> Tensor:
+    """Return the logits of an output, one row for each token."""
+    logits = first_tensor(output)
+    if logits is None or logits.dim() != 3 or logits.shape[:2] != tokens.shape:
+        said = "no tensor" if logits is None else shape(logits)
+        wanted = "logits are (batch, tokens, vocabulary)"
+        raise ShapeError(f"the model gives out {said} for tokens {shape(tokens)}; {wanted}")
+    return logits
+
+
+def _tokens(batch: Batch) -> Tensor:
+    """Return the tokens of a batch: itself, its ``input_ids``, or its first item."""
+    found = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if isinstance(batch, list | tuple):
+        found = batch[0] if batch else None
+    if not isinstance(found, Tensor) or found.dim() != 2 or found.is_floating_point() or found.dtype == torch.bool:
+        said = f"{found.dtype} of shape {shape(found)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ShapeError(
+            f"the tokens of a batch are {said}; they must be integers (batch, tokens): the batch itself, its input_ids "
+            "or its first item"
+        )
+    return found
+
+
+def _with_tokens(batch: Batch, tokens: Tensor) -> Batch:
+    """Return a batch with other tokens."""
+    if isinstance(batch, Tensor):
+        return tokens
+    return {**batch, "input_ids": tokens} if isinstance(batch, Mapping) else [tokens, *batch[1:]]
+
+
+def _counts(mask: Tensor | None, tokens: Tensor) -> Tensor:
+    """Return which tokens count."""
+    if mask is not None and mask.shape != tokens.shape:
+        raise ShapeError(f"mask has shape {shape(mask)}; there must be one for each token, shape {shape(tokens)}")
+    return tokens >= 0 if mask is None else mask.bool() & (tokens >= 0)
+
+
+def _surprise(logits: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+    """Return the mean of −log p over the targets that count; 0, with a gradient, if none does."""
+    rows = logits[counted].to(torch.promote_types(logits.dtype, torch.float32))
+    right = class_indices(targets[counted], logits.shape[-1])
+    return F.cross_entropy(rows, right, reduction="sum") / max(len(right), 1)
+
+
+def _check_hiding(mask_id: int, vocabulary: int, share: float, special: Sequence[int]) -> None:
+    if not 0 < share <= 1:
+        raise RecipeError(f"share is {share}; it must be above 0, and 1 at most")
+    wrong = [token for token in (mask_id, *special) if not 0 <= token < vocabulary]
+    if wrong:
+        raise RecipeError(f"token {wrong[0]} is none of a vocabulary of {vocabulary}; allowed: 0 to {vocabulary - 1}")
