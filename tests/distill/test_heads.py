@@ -3,7 +3,7 @@
 import math
 from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers.modeling_outputs import ModelOutput
 
 from slivo import losses
-from slivo.distill import ClassMap, Term, Views, cached, distillation, fill, heads, logits
+from slivo.distill import ClassMap, Term, Views, cached, distill, distillation, fill, heads, logits
 from slivo.distill.features import hint
 from slivo.distill.views import loader
 from slivo.errors import RecipeError, ShapeError, SlivoError
+from slivo.tasks import classification
 from slivo.train import OptimizerSpec, fit
 
 KINDS, BOX = 3, 4
@@ -220,6 +221,24 @@ def test_a_student_learns_both_heads():
     rows = fit(student, data, made, epochs=30, optimizer=OptimizerSpec("adamw", lr=0.03))
     for name in ("kd[kinds]", "mse[boxes]"):
         assert rows[-1]["terms"][name] < 0.1 * rows[0]["terms"][name]
+
+
+def test_the_short_form_and_recipes_take_heads():
+    student, teacher = nets()
+    data = TensorDataset(*batch_of(24))
+    task = replace(
+        classification("several", data, data, data, classes="abc", example_inputs=(batch_of(2)[0],)),
+        loss=loss,
+        update=lambda metrics, output, batch: metrics.update(output["kinds"], batch[1]),
+    )
+    said = [
+        {"kd": {"head": "kinds"}},
+        {"dkd": {"head": ["kinds", "kinds"], "labels": 1}},
+        {"l1": {"head": {"boxes": "boxes"}}},
+    ]
+    result = distill(student, teacher, task, [losses.build(each) for each in said], epochs=2, batch_size=8)
+    assert list(result.history[-1]["terms"]) == ["labels", "kd[kinds]", "dkd[kinds]", "l1[boxes]"]
+    assert result.history[1]["terms"]["l1[boxes]"] < result.history[0]["terms"]["l1[boxes]"]
 
 
 def test_a_cache_keeps_heads(tmp_path):
