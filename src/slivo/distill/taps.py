@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slivo.distill._tensors import first_tensor
@@ -19,10 +20,11 @@ def tap(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Collect the outputs of modules while a model runs.
 
     The hooks are there only inside the ``with``, also if it ends by an error, so that the model can be copied, saved,
-    and its modules replaced in between. A copy that is made inside collects nothing.
+    and its modules replaced in between. A copy that is made inside collects nothing. What `torch.compile` made of the
+    model, or of modules in it, runs uncompiled inside, for compiled code passes hooks by.
 
     Args:
-        model: The model.
+        model: The model; also compiled, or wrapped for data-parallel training. Paths are those of the model itself.
         paths: Qualified names of modules, as in ``model.named_modules()``, or patterns as in `match`.
 
     Yields:
@@ -45,9 +47,11 @@ def tap(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     handles = []
     try:
         for path in dict.fromkeys(found for pattern in paths for found in match(model, pattern)):
-            module = model.get_submodule(path)
+            module = _find(model, path)
+            assert module is not None  # for it was matched
             handles.append(module.register_forward_hook(_keeper(path, module, seen)))
-        yield seen
+        with _uncompiled(model) if handles else nullcontext():
+            yield seen
     finally:
         for handle in handles:
             handle.remove()
@@ -69,9 +73,12 @@ def match(model: nn.Module, pattern: str, *, role: str = "model") -> list[str]:
         >>> match(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "*")
         ['0', '1']
     """
-    if "*" not in pattern and _has(model, pattern):
+    pattern = _bare(pattern)
+    if "*" not in pattern and _find(model, pattern) is not None:
         return [pattern]
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    model = unwrapped(model)
+    # A compiled module and what it was made of have one path.
+    names = list(dict.fromkeys(_bare(name) for name, _ in model.named_modules(remove_duplicate=False)))
     parts = re.split(r"(\*\*|\*)", pattern)
     expression = "".join({"**": ".*", "*": "[^.]*"}.get(part, re.escape(part)) for part in parts)
     found = [name for name in names if re.fullmatch(expression, name) and (name or not pattern)]
@@ -80,12 +87,49 @@ def match(model: nn.Module, pattern: str, *, role: str = "model") -> list[str]:
     return found
 
 
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model itself, of one that `torch.compile` or data-parallel training wraps.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> unwrapped(nn.DataParallel(net)) is net
+        True
+    """
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif _COMPILED in model._modules:
+            model = model.get_submodule(_COMPILED)
+        else:
+            return model
+
+
+_COMPILED = "_orig_mod"
+"""What `torch.compile` calls the module that it wraps."""
+
+
+def _bare(path: str) -> str:
+    """Return a path without what `torch.compile` puts into it."""
+    return ".".join(part for part in path.split(".") if part != _COMPILED)
+
+
+def _find(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the module of a path, not compiled, or None if there is none."""
+    module = unwrapped(model)
+    for part in path.split(".") if path else ():
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            return None
+        module = child.get_submodule(_COMPILED) if _COMPILED in child._modules else child
+    return module
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Run what is compiled in a model as the Python that it was made of; looked for, as it loads the compiler."""
+    if any(_COMPILED in module._modules or module._compiled_call_impl is not None for module in model.modules()):
+        eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return eager
+    return nullcontext()
 
 
 def _keeper(path: str, tapped: nn.Module, seen: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any], None]:
