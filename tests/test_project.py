@@ -55,7 +55,18 @@ def imported(statement: str) -> set[str]:
     return {module.partition(".")[0] for module in done.stdout.split()}
 
 
-OPTIONAL = {"plotly", "jinja2", "onnx", "onnxruntime", "onnxscript", "sklearn", "torchvision", "transformers"}
+OPTIONAL = {
+    "plotly",
+    "jinja2",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "sklearn",
+    "torchvision",
+    "transformers",
+    "peft",
+    "lightning",
+}
 
 
 def test_import_is_immediate() -> None:

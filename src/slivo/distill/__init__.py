@@ -17,6 +17,7 @@ from slivo.distill.cache import Cached, cached, fill
 from slivo.distill.choice import Rank, rank_teachers
 from slivo.distill.classes import ClassMap
 from slivo.distill.committee import Committee, committee, learn_voices
+from slivo.distill.low_rank import lora, lora_targets, merge_lora
 from slivo.distill.objective import Distillation, distillation
 from slivo.distill.pairs import Pair, Pairs, propose
 from slivo.distill.peers import SelfTaught, labelled, mutual, self_taught
@@ -73,8 +74,11 @@ __all__ = [
     "inherit",
     "labelled",
     "learn_voices",
+    "lora",
+    "lora_targets",
     "mask_tokens",
     "masked_language_model",
+    "merge_lora",
     "mutual",
     "on_policy",
     "propose",
