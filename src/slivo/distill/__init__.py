@@ -37,7 +37,7 @@ from slivo.distill.student import Inherited, inherit
 from slivo.distill.taps import tap
 from slivo.distill.teacher import doubt
 from slivo.distill.terms import Term
-from slivo.distill.trainers import TrainerMixin
+from slivo.distill.trainers import LightningMixin, TrainerMixin
 from slivo.distill.views import Views
 from slivo.errors import ArtifactError
 from slivo.graph.copies import duplicate
@@ -52,6 +52,7 @@ __all__ = [
     "Committee",
     "Distillation",
     "Inherited",
+    "LightningMixin",
     "Pair",
     "Pairs",
     "Ramp",
