@@ -162,6 +162,19 @@ def test_a_step_has_the_terms_and_gradient_of_the_objective(tmp_path):
         torch.testing.assert_close(one, other)
 
 
+def test_a_compiled_module_learns_the_same(tmp_path):
+    def taught(wrap):
+        student = Distiller(4, distillation=objective(teacher()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what PyTorch's compiler imports
+            trainer(tmp_path, epochs=1).fit(wrap(student), data(), data("val"))
+        return [*student.parameters(), *student.buffers(), *student.distillation.parameters()]
+
+    plain = taught(lambda student: student)
+    for one, other in zip(taught(lambda student: torch.compile(student, backend="eager")), plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_what_was_prepared_before_stays(tmp_path):
     made = objective(teacher())
     student = Distiller(4, distillation=made)

@@ -57,6 +57,13 @@ def in_place(model):
     return model
 
 
+def by_forward(model):
+    with quietly(model):
+        model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+        model(X)
+    return model
+
+
 def by_stages(model):
     """As training by regions has it: blocks are compiled, what is around them is not."""
     model.stages[1] = compiled(model.stages[1], torch.randn(1, 6, 6, 6))
@@ -80,6 +87,7 @@ WRAPPERS = {
     "compiled": compiled,
     "by autograd": lambda model: compiled(model, backend="aot_eager"),
     "in place": in_place,
+    "by forward": by_forward,
     "by stages": by_stages,
     "data parallel": data_parallel,
     "distributed": nn.parallel.DistributedDataParallel,

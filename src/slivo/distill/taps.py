@@ -124,9 +124,16 @@ def _find(model: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+def _compiled(module: nn.Module) -> bool:
+    """Tell whether `torch.compile` made something of a module: another one, its call, or its forward."""
+    forward = vars(module).get("forward")
+    called = module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
+    return called or _COMPILED in module._modules
+
+
 def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
     """Run what is compiled in a model as the Python that it was made of; looked for, as it loads the compiler."""
-    if any(_COMPILED in module._modules or module._compiled_call_impl is not None for module in model.modules()):
+    if any(map(_compiled, model.modules())):
         eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
         return eager
     return nullcontext()

@@ -141,6 +141,8 @@ class LightningMixin:
             )
         if module.trainer.world_size > 1:
             raise SlivoError("a distillation runs in one process, on one device; give the trainer devices=1")
+        # If the module is compiled, so is this step, which logs; its forward alone is enough.
+        vars(self).pop("training_step", None)
         self._prepare()
         made = _parent(self).configure_optimizers()
         optimizers = list(_optimizers(made))
