@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
@@ -46,6 +46,11 @@ def adapters(model):
     return [name for name, each in model.named_parameters() if each.requires_grad]
 
 
+def kinds(model):
+    """The classes of modules; copies of graphs are called otherwise than they are."""
+    return [None if isinstance(each, fx.GraphModule) else type(each) for each in model.modules()]
+
+
 def assert_merge_is_exact(student, inputs, **options):
     before = {name: each.clone() for name, each in student.state_dict().items()}
     adapted = lora(student, rank=2, **options)
@@ -58,7 +63,7 @@ def assert_merge_is_exact(student, inputs, **options):
     leaves = zip(pytree.tree_leaves(said), pytree.tree_leaves(first), strict=True)
     assert any(isinstance(one, torch.Tensor) and not torch.allclose(one, other) for one, other in leaves)
     assert list(merged.state_dict()) == list(before)
-    assert [type(each).__name__ for each in merged.modules()] == [type(each).__name__ for each in student.modules()]
+    assert kinds(merged) == kinds(student)
     assert all(torch.equal(each, before[name]) for name, each in student.state_dict().items())
     assert edits.record(merged) == edits.record(adapted) == edits.record(student)
     torch.testing.assert_close(run(adapted, inputs), said, rtol=1e-12, atol=1e-12)
@@ -263,6 +268,15 @@ def test_what_required_gradients_does_so_again():
     assert {name: each.requires_grad for name, each in merged.named_parameters()} == before
     assert not hasattr(merged, "peft_config")
     torch.testing.assert_close(run(merge_lora(lora(merged)), torch.ones(2, 12)), run(merged, torch.ones(2, 12)))
+
+
+def test_a_graph_that_calls_modules_is_adapted_as_they_are():
+    net = Net(8).double().eval()
+    net.first.requires_grad_(False)
+    merged = assert_merge_is_exact(fx.symbolic_trace(net), torch.randn(3, 12).double())
+    assert isinstance(merged, fx.GraphModule)
+    assert not any(each.requires_grad for each in merged.first.parameters())
+    assert all(each.requires_grad for each in merged.second.parameters())
 
 
 def test_there_is_one_set_of_adapters_to_merge():
