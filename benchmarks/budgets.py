@@ -38,8 +38,8 @@ from slivo.errors import SlivoError, TargetError
 from slivo.graph import Graph
 from slivo.graph.capture import trying
 from slivo.measure import Timer, clock, cost
+from slivo.measure.latency import compare
 from slivo.prune import cut, plan
-from slivo.prune.latency import compare
 from slivo.zoo import mlp, small_cnn
 
 TARGETS = ("params", "macs", "bytes")

@@ -9,8 +9,8 @@ from torch import nn
 
 import slivo
 from slivo.errors import RecipeError, SlivoError
+from slivo.measure.readers import Reader
 from slivo.prune import criteria, importance
-from slivo.prune.readers import Reader
 
 W = torch.tensor([[1.0, -2.0], [0.5, 0.5], [-3.0, 0.0]])
 G = torch.tensor([[2.0, 1.0], [-1.0, 4.0], [0.0, 5.0]])

@@ -15,8 +15,9 @@ from zoo import build
 import slivo
 from slivo.errors import SlivoError, TargetError
 from slivo.measure import cost
+from slivo.measure.latency import compare
 from slivo.prune import Budget, allocate, drop
-from slivo.prune.latency import _search, compare, curves
+from slivo.prune.latency import _search, curves
 from slivo.prune.ranks import rank
 
 X = torch.randn(2, 3, 8, 8)

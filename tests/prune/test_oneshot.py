@@ -16,8 +16,9 @@ from torch.nn import functional as F
 import slivo
 from slivo import edits
 from slivo.errors import CaptureError, ShapeError, SlivoError
-from slivo.prune import blockwise, one_shot, oneshot
-from slivo.prune.blockwise import Part, repeated, run_through
+from slivo.measure import blockwise
+from slivo.measure.blockwise import Part, repeated, run_through
+from slivo.prune import one_shot, oneshot
 from slivo.prune.layerwise import Zeros, magnitude, sparsegpt, wanda
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import slivo
 from slivo import edits
 from slivo.errors import SlivoError, TargetError
+from slivo.measure.readers import Reader
 from slivo.prune import Budget, cut, refit, surgeon
-from slivo.prune.readers import Reader
 from slivo.prune.surgeon import Judged, losses
 
 

@@ -11,6 +11,7 @@ import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slivo.edits.swap import swap_
 from slivo.errors import SlivoError
 
 _ = torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decomposed when it is imported
@@ -115,14 +116,14 @@ class Quantize:
         for norm, name in self.folded.items():
             old = model.get_submodule(norm)
             _fold_(_layer(model, name), old)
-            _swap_(model, old, nn.Identity())
+            swap_(model, old, nn.Identity())
         for name, spec in self.modules.items():
             layer = _layer(model, name)
             new = QuantizedLayer(layer, spec, self.ranges.get(name, Ranges()))
             new.train(layer.training)
             if layer is model:
                 return new
-            _swap_(model, layer, new)
+            swap_(model, layer, new)
         return model
 
 
@@ -337,14 +338,6 @@ def _fold_(layer: Layer, norm: nn.Module) -> None:
     channels = (-1, *[1] * (weight.dim() - 1))
     layer.weight = nn.Parameter((weight.detach().double() * gain.view(channels)).to(weight.dtype))
     layer.bias = nn.Parameter(shift.to(weight.dtype))
-
-
-def _swap_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in another's place under every name that the other has."""
-    for parent in model.modules():
-        for name, child in list(parent._modules.items()):  # under each name; `named_children` gives the first only
-            if child is old:
-                setattr(parent, name, new)
 
 
 def _activation(data: Mapping[str, Any] | None) -> ActivationSpec | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from numbers import Real
 from time import perf_counter_ns
 
 import numpy as np
@@ -17,6 +20,11 @@ from slivo.graph.inputs import fresh
 
 Timer = Callable[[nn.Module], float]
 """``timer(model)``: how long one call of the model takes, in milliseconds, on whatever machine or runtime."""
+Rounds = list[tuple[float, float]]
+"""Milliseconds of a model and of another, timed one after the other, round by round."""
+
+_ROUGH, _ROUNDS, _MOST = 3, 5, 30  # rounds of timings: for a table, for a verdict, and while they do not agree
+_SURE = 0.005  # standard error of the median share at which no more rounds are needed
 
 
 def latency(run: Callable[[], object], *, repeats: int = 50, warmup: int = 5) -> tuple[float, float]:
@@ -86,3 +94,70 @@ def clock(example_inputs: ExampleInputs, *, lasting_ms: float = 50.0) -> Timer:
             return latency(run, repeats=int(np.clip(lasting_ms / max(once, 1e-6), 3, 100)), warmup=0)[0]
 
     return time
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a model takes.
+
+    Args:
+        ms: Milliseconds of one call, the median of the rounds.
+        share: What that is of the other model, the median over rounds in which both were timed one after the other.
+    """
+
+    ms: float
+    share: float
+
+
+def compare(timer: Timer, model: nn.Module, other: nn.Module, *, rough: bool = False) -> Timing:
+    """Time a model against another, in turns, so that whatever else the machine does befalls both alike.
+
+    Args:
+        timer: Returns the milliseconds of one call of a model.
+        model: What the share is of.
+        other: The model to be timed.
+        rough: Whether three rounds are enough.
+
+    Returns:
+        Medians over 5 rounds, and over up to 30 while the shares of the rounds spread so much that the standard error
+        of their median is above 0.5 %.
+
+    Raises:
+        SlivoError: If the timer returns anything but a number above 0.
+
+    Example:
+        >>> times = {nn.Identity: 4.0, nn.ReLU: 1.0}
+        >>> compare(lambda model: times[type(model)], nn.Identity(), nn.ReLU())
+        Timing(ms=1.0, share=0.25)
+    """
+    return verdict(rounds(timer, model, other, rough=rough))
+
+
+def rounds(timer: Timer, model: nn.Module, other: nn.Module, *, rough: bool = False) -> Rounds:
+    """Time a model and another in turns, round by round."""
+    found: Rounds = []
+    least, most = (_ROUGH, _ROUGH) if rough else (_ROUNDS, _MOST)
+    while len(found) < least or (len(found) < most and _spread(found) > _SURE):
+        base = _timed(timer, model)
+        found.append((base, _timed(timer, other)))
+    return found
+
+
+def verdict(found: Rounds) -> Timing:
+    """Return the medians of rounds."""
+    pairs = np.array(found)
+    return Timing(float(np.median(pairs[:, 1])), float(np.median(pairs[:, 1] / pairs[:, 0])))
+
+
+def _timed(timer: Timer, model: nn.Module) -> float:
+    value = timer(model)
+    if not isinstance(value, Real) or not isfinite(value) or value <= 0:
+        raise SlivoError(f"the timer returned {value!r}; it must return the milliseconds of one call, a number above 0")
+    return float(value)
+
+
+def _spread(found: Rounds) -> float:
+    """Return the standard error of the median share, by the median absolute deviation of normal noise."""
+    shares = np.array([after / before for before, after in found])
+    deviation = 1.4826 * np.median(np.abs(shares - np.median(shares)))
+    return float(1.2533 * deviation / np.median(shares) / len(shares) ** 0.5)

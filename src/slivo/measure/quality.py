@@ -127,3 +127,15 @@ def _outputs(model: nn.Module, task: Evaluated, split: Split, batch_size: int) -
         for batch in DataLoader(data, batch_size, collate_fn=task.collate):
             inputs = pytree.tree_map_only(Tensor, lambda x: x.to(device), task.inputs(batch))
             yield model(*inputs), batch
+
+
+def distribution(output: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return logarithms of the classes' chances, classes last; of the first output that depends on the weights."""
+
+    def learned(logits: Tensor) -> bool:
+        return logits.requires_grad or not torch.is_grad_enabled()
+
+    for logits in pytree.tree_leaves(output):
+        if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() > 1 and learned(logits):
+            return (logits.movedim(1, -1) if logits.dim() > 3 else logits).to(dtype).log_softmax(-1)
+    raise SlivoError("the model gives out no logits, shape (samples, …, classes); choose a criterion of the gradient")

@@ -1,6 +1,7 @@
 """Pruning: choose what a model can spare (`criteria`), how much may stay (`budget`), and cut it (`width`)."""
 
-from slivo.prune.budget import Budget, allocate
+from slivo.measure.budget import Budget
+from slivo.prune.budget import allocate
 from slivo.prune.control import Iterated, Trial, iterate
 from slivo.prune.depth import drop, influence
 from slivo.prune.importance import importance

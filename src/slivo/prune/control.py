@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from slivo.edits.follow import follow
 from slivo.errors import SlivoError, TargetError
 from slivo.graph import ExampleInputs, trace
-from slivo.prune.budget import Budget, check_budget, count
-from slivo.prune.options import is_count, is_number, said
+from slivo.measure.budget import Budget, check_budget
+from slivo.options import is_count, is_number, said
+from slivo.prune.budget import count
 from slivo.prune.schedule import Kind, share
 from slivo.prune.width import prune
 

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slivo.errors import RecipeError
+from slivo.measure.readers import Reader
 from slivo.prune.criterion import Criterion as Criterion
 from slivo.prune.criterion import criterion as criterion
 from slivo.prune.effects import masking as masking
 from slivo.prune.effects import movement as movement
-from slivo.prune.readers import Reader
 from slivo.prune.reconstruction import gain as gain
 from slivo.prune.reconstruction import inverse_covariance as inverse_covariance
 from slivo.prune.reconstruction import reconstruction as reconstruction

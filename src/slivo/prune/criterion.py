@@ -31,7 +31,7 @@ class Criterion:
             - ``levels``: for each weight the mean magnitude of that activation in each batch, its square summed over
               the batches, likewise;
             - ``readers``: the weights that read the axis, with all second moments of what they read
-              (`slivo.prune.readers.Reader`);
+              (`slivo.measure.readers.Reader`);
             - ``slopes``: the gradient of the loss, summed over the batches, laid out as each reader's weights;
             - ``moved``: the sum of −w·g over a short training on the batches, laid out as the axis matrix;
             - ``whole`` and ``without``: logarithms of the output's chances, and the same with each position masked;

@@ -21,8 +21,8 @@ from slivo.graph.checks import check_values
 from slivo.graph.inputs import ExampleInputs, fresh
 from slivo.graph.program import tensors_of
 from slivo.measure import cost
-from slivo.prune.budget import COUNTED, Budget, check_budget
-from slivo.prune.options import check_batches, listed
+from slivo.measure.budget import COUNTED, Budget, check_budget
+from slivo.options import check_batches, listed
 
 
 def drop(

@@ -15,9 +15,10 @@ from slivo.graph import Axis, Graph, Member
 from slivo.graph.capture import evaluating
 from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
-from slivo.prune import readers, runs
+from slivo.measure import readers
+from slivo.options import check_batches, said
+from slivo.prune import runs
 from slivo.prune.criterion import Criterion
-from slivo.prune.options import check_batches, said
 from slivo.prune.runs import Found, Loss
 
 

@@ -6,47 +6,31 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import exp, isfinite, lcm, log
-from numbers import Real
+from math import exp, lcm, log
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from slivo.errors import SlivoError, TargetError
+from slivo.errors import TargetError
 from slivo.graph import Graph
 from slivo.measure import Timer
-from slivo.prune.budget import Budget, count, fewest, kept_by, left, refill, within
-from slivo.prune.options import MinWidth
+from slivo.measure.budget import Budget
+from slivo.measure.latency import Rounds, Timing, compare, rounds, verdict
+from slivo.options import MinWidth
+from slivo.prune.budget import count, fewest, kept_by, left, refill, within
 from slivo.prune.ranks import Group, Scope, Scores, alike, gone_of, rank, removals
 
 Kept = Mapping[str, Sequence[int]]
-Rounds = list[tuple[float, float]]
-"""Milliseconds of the uncut model and of another, timed one after the other, round by round."""
-Time = Callable[[Sequence[int]], "Timing"]
+Time = Callable[[Sequence[int]], Timing]
 """Times the model of which so many ranks of each group are gone."""
 
 _WIDTHS = 3  # that each kind of axis is timed at, below its full width
-_ROUGH, _ROUNDS, _MOST = 3, 5, 30  # rounds of timings: for the table, for a verdict, and while they do not agree
-_SURE = 0.005  # standard error of the median share at which no more rounds are needed
 _NEAR, _FAR = 0.95, 0.99  # of the target: below the one it is missed, above the other the next timing may miss it
 _AIM, _SKIPS = 0.975, 3
 _BLOCKS = (16, 8)  # channels that kernels compute at once, as a rule
 
 _log = logging.getLogger("slivo")
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How long a cut model takes.
-
-    Args:
-        ms: Milliseconds of one call, the median of the rounds.
-        share: What that is of the uncut model, the median over rounds in which both were timed one after the other.
-    """
-
-    ms: float
-    share: float
 
 
 @dataclass(frozen=True)
@@ -59,58 +43,6 @@ class Curve:
     def __call__(self, widths: NDArray[np.float64] | float) -> NDArray[np.float64]:
         """Return the logarithm of the share at other widths; between those measured it is interpolated."""
         return np.asarray(np.interp(widths, self.widths, self.logs))
-
-
-def compare(timer: Timer, model: nn.Module, other: nn.Module, *, rough: bool = False) -> Timing:
-    """Time a model against another, in turns, so that whatever else the machine does befalls both alike.
-
-    Args:
-        timer: Returns the milliseconds of one call of a model.
-        model: What the share is of.
-        other: The model to be timed.
-        rough: Whether three rounds are enough.
-
-    Returns:
-        Medians over 5 rounds, and over up to 30 while the shares of the rounds spread so much that the standard error
-        of their median is above 0.5 %.
-
-    Raises:
-        SlivoError: If the timer returns anything but a number above 0.
-
-    Example:
-        >>> times = {nn.Identity: 4.0, nn.ReLU: 1.0}
-        >>> compare(lambda model: times[type(model)], nn.Identity(), nn.ReLU())
-        Timing(ms=1.0, share=0.25)
-    """
-    return _timing(_rounds(timer, model, other, rough=rough))
-
-
-def _rounds(timer: Timer, model: nn.Module, other: nn.Module, *, rough: bool = False) -> Rounds:
-    found: Rounds = []
-    least, most = (_ROUGH, _ROUGH) if rough else (_ROUNDS, _MOST)
-    while len(found) < least or (len(found) < most and _spread(found) > _SURE):
-        base = _timed(timer, model)
-        found.append((base, _timed(timer, other)))
-    return found
-
-
-def _timing(found: Rounds) -> Timing:
-    pairs = np.array(found)
-    return Timing(float(np.median(pairs[:, 1])), float(np.median(pairs[:, 1] / pairs[:, 0])))
-
-
-def _timed(timer: Timer, model: nn.Module) -> float:
-    value = timer(model)
-    if not isinstance(value, Real) or not isfinite(value) or value <= 0:
-        raise SlivoError(f"the timer returned {value!r}; it must return the milliseconds of one call, a number above 0")
-    return float(value)
-
-
-def _spread(found: Rounds) -> float:
-    """Return the standard error of the median share, by the median absolute deviation of normal noise."""
-    shares = np.array([after / before for before, after in found])
-    deviation = 1.4826 * np.median(np.abs(shares - np.median(shares)))
-    return float(1.2533 * deviation / np.median(shares) / len(shares) ** 0.5)
 
 
 def fit(
@@ -195,8 +127,8 @@ def _fitted(
         """Time a cut model once, or with more rounds: what is chosen for being fast may have been lucky."""
         found = known.setdefault(tuple(gone), [])
         if again or not found:
-            found += _rounds(timer, model, small(gone))
-        timing = _timing(found)
+            found += rounds(timer, model, small(gone))
+        timing = verdict(found)
         return timing if any(gone) else replace(timing, share=1.0)
 
     def slow(gone: Sequence[int], *, again: bool = False) -> float:

@@ -20,11 +20,11 @@ from slivo.graph.capture import check_runs, trying
 from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
 from slivo.graph.inputs import fresh
+from slivo.measure.blockwise import Replay, part_of, repeated, run_through, running
+from slivo.measure.readers import Watch, grams, key, squares
+from slivo.options import calls_of, listed, matches, said
 from slivo.prune import layerwise
-from slivo.prune.blockwise import Replay, part_of, repeated, run_through, running
 from slivo.prune.layerwise import Zeros
-from slivo.prune.options import calls_of, listed, matches, said
-from slivo.prune.readers import Watch, grams, key, squares
 from slivo.train.progress import Report
 
 _log = logging.getLogger("slivo")

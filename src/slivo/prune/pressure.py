@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from slivo.errors import SlivoError
 from slivo.graph import Graph
+from slivo.options import is_count, said
 from slivo.prune.groups import Rows, add_, held, products, rows_of, scale_
 from slivo.prune.invariance import counted
-from slivo.prune.options import is_count, said
 from slivo.prune.plans import Plan
 from slivo.prune.watch import NORMS
 from slivo.prune.width import select

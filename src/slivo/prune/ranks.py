@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from slivo.errors import SlivoError, TargetError
 from slivo.graph import Axis, Graph
-from slivo.prune.options import MinWidth, check_widths, matches, places
+from slivo.options import MinWidth, check_widths, matches, places
 
 Scope = Literal["global", "uniform", "isomorphic"]
 Scores = Mapping[str, NDArray[np.float64]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slivo.measure.readers import Reader
 from slivo.prune.criterion import criterion
-from slivo.prune.readers import Reader
 
 
 @criterion(on="read")

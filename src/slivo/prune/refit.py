@@ -19,7 +19,7 @@ from slivo.errors import SlivoError
 from slivo.graph import Call
 from slivo.graph.capture import canonical_names, evaluating, trying
 from slivo.graph.copies import duplicate
-from slivo.prune.options import calls_of, said
+from slivo.options import calls_of, said
 from slivo.prune.watch import LAYERS, NORMS, End, Pass, watch
 
 _log = logging.getLogger("slivo")

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 from slivo.errors import SlivoError
 from slivo.graph import Member
 from slivo.graph.inputs import fresh
-from slivo.prune.readers import Watch, grams, levels, means, squares
+from slivo.measure.quality import distribution
+from slivo.measure.readers import Watch, grams, levels, means, squares
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """``loss(model, batch)``: a scalar, the mean over the batch's samples."""
@@ -184,18 +185,6 @@ def _forward(model: nn.Module, batch: Any, loss: Loss | None) -> Any:
     if not outputs:
         raise SlivoError("the loss does not call the model that it is given; compute it with that model")
     return outputs[-1]
-
-
-def distribution(output: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return logarithms of the classes' chances, classes last; of the first output that depends on the weights."""
-
-    def learned(logits: Tensor) -> bool:
-        return logits.requires_grad or not torch.is_grad_enabled()
-
-    for logits in pytree.tree_leaves(output):
-        if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() > 1 and learned(logits):
-            return (logits.movedim(1, -1) if logits.dim() > 3 else logits).to(dtype).log_softmax(-1)
-    raise SlivoError("the model gives out no logits, shape (samples, …, classes); choose a criterion of the gradient")
 
 
 def _labelled(batch: Any) -> tuple[Any, Tensor]:

@@ -18,11 +18,14 @@ from slivo.graph.capture import evaluating
 from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
 from slivo.graph.inputs import ExampleInputs
-from slivo.prune import readers, runs
-from slivo.prune.budget import Budget, allocate, check_budget
-from slivo.prune.options import MinWidth, check_batches, check_widths
+from slivo.measure import readers
+from slivo.measure.budget import Budget, check_budget
+from slivo.measure.quality import distribution
+from slivo.measure.readers import Reader, Watch, aten, grams, key, lay_out_, squares
+from slivo.options import MinWidth, check_batches, check_widths
+from slivo.prune import runs
+from slivo.prune.budget import allocate
 from slivo.prune.plans import Plan
-from slivo.prune.readers import Reader, Watch, aten, grams, key, lay_out_, squares
 from slivo.prune.width import candidates
 
 _log = logging.getLogger("slivo")
@@ -206,7 +209,7 @@ def _judged(model: nn.Module, axes: Sequence[Axis], batches: Iterable[Any]) -> d
         for batch in batches:
             args, kwargs = as_args(runs.usable(batch))
             with seen:
-                log = runs.distribution(twin(*args, **kwargs))
+                log = distribution(twin(*args, **kwargs))
             samples += len(log)
             chances = log.detach().exp().double().cpu().flatten(0, -2)
             drawn = torch.multinomial(chances, 1, generator=generator).to(log.device)

@@ -20,7 +20,7 @@ from slivo.graph.capture import check_runs
 from slivo.graph.checks import check_values
 from slivo.graph.infer import operator_name
 from slivo.graph.inputs import Call, ExampleInputs, fresh
-from slivo.prune.options import listed, said
+from slivo.options import listed, said
 
 
 def keep_tokens(

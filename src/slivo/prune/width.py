@@ -17,11 +17,12 @@ from slivo.graph.config import plan_config
 from slivo.graph.inputs import Call, ExampleInputs, fresh
 from slivo.graph.twins import sharing
 from slivo.measure import Timer, clock
+from slivo.measure.budget import Budget, check_budget
+from slivo.options import MinWidth, check_widths, listed, matches, places
 from slivo.prune import criteria
-from slivo.prune.budget import Budget, allocate, check_budget
+from slivo.prune.budget import allocate
 from slivo.prune.importance import importance
 from slivo.prune.latency import Kept, fit
-from slivo.prune.options import MinWidth, check_widths, listed, matches, places
 from slivo.prune.plans import Plan
 from slivo.prune.ranks import Scope
 from slivo.prune.runs import Loss

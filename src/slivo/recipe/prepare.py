@@ -12,8 +12,8 @@ from torch import nn
 from slivo import tasks
 from slivo.errors import ArtifactError, RecipeError
 from slivo.graph import trace
+from slivo.options import MinWidth
 from slivo.prune import allocate, select
-from slivo.prune.options import MinWidth
 from slivo.recipe.load import Loaded
 from slivo.recipe.models import Origin, live, made, named
 from slivo.recipe.plan import Goal, Step, plan

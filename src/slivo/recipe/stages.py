@@ -21,8 +21,8 @@ from slivo.export import onnx
 from slivo.graph import trace
 from slivo.graph.copies import duplicate
 from slivo.measure import clock, cost, quality
+from slivo.measure.latency import compare
 from slivo.prune import Budget, HoldMasks, criteria, permute, prune, refit, select, sparsify, sparsity
-from slivo.prune.latency import compare
 from slivo.prune.sparse.masks import masked
 from slivo.quantize import quantize
 from slivo.recipe.plan import Goal, Piece, Step

@@ -14,10 +14,11 @@ from slivo.edits.mask import Pattern
 from slivo.errors import ShapeError, SlivoError
 from slivo.graph import ExampleInputs, trace
 from slivo.graph.capture import canonical_names
-from slivo.prune import criteria, readers
+from slivo.measure import readers
+from slivo.options import listed, matches
+from slivo.prune import criteria
 from slivo.prune.criterion import Criterion
 from slivo.prune.importance import runs_of
-from slivo.prune.options import listed, matches
 from slivo.prune.runs import Found, Loss
 
 Scope = Literal["global", "layer", "row"]

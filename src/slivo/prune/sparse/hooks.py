@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from slivo import edits
 from slivo.edits.mask import Mask, Pattern
 from slivo.errors import SlivoError
+from slivo.options import is_count, is_number, said
 from slivo.prune import criteria
-from slivo.prune.options import is_count, is_number, said
 from slivo.prune.schedule import steps
 from slivo.prune.sparse.choice import Scope, Site, best, check_criterion, choose, score, sites
 from slivo.prune.sparse.hold import zeros_of

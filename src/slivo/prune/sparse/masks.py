@@ -14,8 +14,8 @@ from slivo.edits.mask import Mask, Pattern
 from slivo.errors import RecipeError, SlivoError
 from slivo.graph import ExampleInputs
 from slivo.graph.checks import check_model, check_values
+from slivo.options import said
 from slivo.prune import criteria
-from slivo.prune.options import said
 from slivo.prune.runs import Loss
 from slivo.prune.sparse.choice import Scope, choose, score, sites
 

@@ -18,8 +18,8 @@ from slivo.errors import RecipeError, SlivoError
 from slivo.graph import Axis, ExampleInputs, Member, trace
 from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
+from slivo.options import is_count, said
 from slivo.prune import criteria
-from slivo.prune.options import is_count, said
 from slivo.prune.runs import Loss
 from slivo.prune.sparse.choice import Site, best, score, sites
 

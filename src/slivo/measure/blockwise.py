@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from slivo.graph.inputs import Call, fresh
 from slivo.graph.program import tensors_of
-from slivo.prune.readers import Watch
+from slivo.measure.readers import Watch
 
 
 @dataclass(frozen=True)

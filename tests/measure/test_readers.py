@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import slivo
 from slivo.errors import SlivoError
+from slivo.measure.readers import Watch, means, squares
 from slivo.prune import criteria, importance
 from slivo.prune.criteria import criterion
-from slivo.prune.readers import Watch, means, squares
 from slivo.prune.runs import drawn
 
 LAYERS = {

@@ -1,0 +1,1 @@
+"""Factorization: products of thin layers in place of wide ones."""
