@@ -61,6 +61,7 @@ OPTIONAL = {
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "scipy",
     "sklearn",
     "torchvision",
     "transformers",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from slivo.prune import Budget, prune, sparsify
     from slivo.quantize import quantize
     from slivo.recipe import Target, compress
+    from slivo.share import share
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "prune",
     "quantize",
     "save",
+    "share",
     "sparsify",
     "trace",
 ]
@@ -58,6 +60,7 @@ _HOMES = {
     "prune": "slivo.prune",
     "quantize": "slivo.quantize",
     "save": "slivo.artifact",
+    "share": "slivo.share",
     "sparsify": "slivo.prune",
     "trace": "slivo.graph",
 }

@@ -16,10 +16,11 @@ from slivo.edits.cut import Cut
 from slivo.edits.drop import Drop
 from slivo.edits.mask import Mask
 from slivo.edits.quantize import Quantize
+from slivo.edits.share import Share
 from slivo.errors import ArtifactError
 from slivo.graph.copies import duplicate
 
-__all__ = ["Cut", "Drop", "Edit", "Mask", "Quantize", "apply", "from_json", "record", "replay", "to_json"]
+__all__ = ["Cut", "Drop", "Edit", "Mask", "Quantize", "Share", "apply", "from_json", "record", "replay", "to_json"]
 
 _RECORD = "_slivo_edits"
 
@@ -47,7 +48,7 @@ class Edit(Protocol):
         ...
 
 
-_KINDS: dict[str, type[Edit]] = {edit.kind: edit for edit in (Cut, Drop, Mask, Quantize)}
+_KINDS: dict[str, type[Edit]] = {edit.kind: edit for edit in (Cut, Drop, Mask, Quantize, Share)}
 
 
 def record(model: nn.Module) -> tuple[Edit, ...]:

@@ -5,6 +5,7 @@ from slivo.prune.budget import allocate
 from slivo.prune.control import Iterated, Trial, iterate
 from slivo.prune.depth import drop, influence
 from slivo.prune.importance import importance
+from slivo.prune.merge import merge
 from slivo.prune.oneshot import one_shot
 from slivo.prune.plans import Plan
 from slivo.prune.refit import reestimate, refit
@@ -33,6 +34,7 @@ __all__ = [
     "influence",
     "iterate",
     "keep_tokens",
+    "merge",
     "one_shot",
     "permute",
     "plan",

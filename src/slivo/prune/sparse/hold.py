@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from slivo.edits.parametrized import parametrized
 from slivo.errors import SlivoError
-from slivo.graph.capture import canonical_names
 from slivo.prune.sparse.masks import masked
 
 
@@ -59,20 +58,9 @@ def hold(model: nn.Module) -> Iterator[nn.Module]:
         >>> int((sparse.weight == 0).sum())
         48
     """
-    kept = zeros_of(model)
-    places = _places(model, kept)
-    orders = {id(module): (module, list(module._parameters)) for module, _, _ in places}
-    for module, attribute, stays in places:
-        parametrize.register_parametrization(module, attribute, _Held(stays))
-    try:
+    held = {name: _Held(stays) for name, stays in zeros_of(model).items()}
+    with parametrized(model, held):
         yield model
-    finally:
-        for module, attribute, _ in places:
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-        for module, order in orders.values():
-            held = dict(module._parameters)
-            module._parameters.clear()
-            module._parameters.update({name: held[name] for name in order})
 
 
 def zeros_of(model: nn.Module) -> dict[str, Tensor]:
@@ -88,16 +76,3 @@ def zeros_of(model: nn.Module) -> dict[str, Tensor]:
             "and hold it once"
         )
     return {name: weight.detach() != 0 for name, weight in weights.items()}
-
-
-def _places(model: nn.Module, kept: Mapping[str, Tensor]) -> list[tuple[nn.Module, str, Tensor]]:
-    """Return each module and attribute that holds one of the weights, tied ones included."""
-    first = canonical_names(model)
-    by_first = {first[name]: stays for name, stays in kept.items()}
-    places: dict[tuple[int, str], tuple[nn.Module, str, Tensor]] = {}
-    for name, of in first.items():
-        if of in by_first:
-            path, _, attribute = name.rpartition(".")
-            module = model.get_submodule(path)
-            places.setdefault((id(module), attribute), (module, attribute, by_first[of]))
-    return list(places.values())
