@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from slivo import losses
-from slivo.distill import ClassMap, Term, distillation, logits
+from slivo.distill import ClassMap, Term, committee, distillation, learn_voices, logits, mutual
 from slivo.errors import ShapeError
 
 CLASSES = 5
@@ -35,6 +35,13 @@ class Dense(nn.Module):
 
     def forward(self, x):
         return {"out": self.head(x)}
+
+
+class Moved(nn.Module):
+    """Classes last."""
+
+    def forward(self, x):
+        return x.movedim(1, -1)
 
 
 def objective(teacher, *terms, **options):
@@ -96,10 +103,10 @@ def test_labels_masks_and_class_maps_are_of_pixels():
 @pytest.mark.parametrize("name", [*BY_CLASS, "dkd"])
 def test_of_maps_one_must_say_where_the_classes_are(name):
     student, teacher, batch = setting(CLASSES, CLASSES)
-    message = rf"{name}: student logits \(2, 5, 4, 7\) and .* say which holds the classes: class_dim=1 for \(batch"
+    message = rf"{name}: logits \(2, 5, 4, 7\) .* say which holds the classes: class_dim=1 for \(batch"
     with pytest.raises(ShapeError, match=message):
         objective(teacher, getattr(losses, name)())(student, batch)
-    with pytest.raises(ShapeError, match=r"class_dim is 4, and student \(2, 5, 4, 7\)"):
+    with pytest.raises(ShapeError, match=r"class_dim is 4, and logits \(2, 5, 4, 7\)"):
         objective(teacher, getattr(losses, name)(class_dim=4))(student, batch)
 
 
@@ -131,3 +138,43 @@ def test_a_network_of_maps_learns_from_another():
         made(student, batch)["kd"].backward()
         optimizer.step()
     assert made(student, batch)["kd"].item() < 0.01 * first
+
+
+def test_a_committee_of_dense_networks_is_one_of_networks_that_put_classes_last() -> None:
+    torch.manual_seed(0)
+    members = [nn.Conv2d(3, 5, 1) for _ in range(2)]
+    last = [nn.Sequential(member, Moved()) for member in members]
+    x, y = torch.randn(2, 3, 4, 4), torch.randint(5, (2, 4, 4))
+    for voices in ("equal", "confidence"):
+        dense, other = committee(members, voices, class_dim=1), committee(last, voices, class_dim=-1)
+        torch.testing.assert_close(dense(x), other(x).movedim(-1, 1))
+        chance = dense.log_probabilities(x).exp().sum(-1)
+        torch.testing.assert_close(chance, torch.ones_like(chance))
+    found = [
+        learn_voices(each, [(x, y)], lambda model, batch: model(batch[0]), lambda batch: batch[1])
+        for each in (committee(members, class_dim=1), committee(last, class_dim=-1))
+    ]
+    torch.testing.assert_close(found[0].shares, found[1].shares)
+    assert found[0](x).shape == (2, 5, 4, 4)
+    with pytest.raises(ShapeError, match="say which holds the classes: class_dim=1"):
+        committee(members)(x)
+
+
+def test_dense_networks_learn_from_one_another_by_their_classes() -> None:
+    torch.manual_seed(0)
+    models = nn.ModuleList(nn.Conv2d(3, 5, 1) for _ in range(2))
+    last = nn.ModuleList(nn.Sequential(model, Moved()) for model in models)
+    batch = (torch.randn(2, 3, 4, 4), torch.randint(5, (2, 4, 4)))
+
+    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        out: Tensor = model(batch[0])
+        return out
+
+    found = mutual(forward, lambda out, batch: F.cross_entropy(out, batch[1]), class_dim=1)(models, batch)
+    other = mutual(forward, lambda out, batch: out.sum(), class_dim=-1)(last, batch)
+    for name in ("kd.0", "kd.1"):
+        torch.testing.assert_close(found[name], other[name])
+    with pytest.raises(ShapeError, match="more than three dimensions"):
+        mutual(forward, lambda out, batch: out.sum())(models, batch)
+    with pytest.raises(ShapeError, match="class_dim is 7"):
+        mutual(forward, lambda out, batch: out.sum(), class_dim=7)(models, batch)

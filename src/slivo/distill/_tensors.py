@@ -127,6 +127,31 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
+def classes_last(logits: Tensor, class_dim: int | None) -> Tensor:
+    """Return logits with their classes in the last dimension.
+
+    Args:
+        logits: Of any shape.
+        class_dim: Where the classes are; None for the last dimension of up to three.
+
+    Raises:
+        ShapeError: If there is no such dimension, or it must be said which it is.
+
+    Example:
+        >>> classes_last(torch.zeros(2, 5, 4, 4), 1).shape
+        torch.Size([2, 4, 4, 5])
+    """
+    if class_dim is None and logits.dim() > 3:
+        raise ShapeError(
+            f"logits {shape(logits)} have more than three dimensions; say which holds the classes: class_dim=1 for "
+            "(batch, classes, height, width), -1 for the last"
+        )
+    try:
+        return logits if class_dim is None else logits.movedim(class_dim, -1)
+    except IndexError:
+        raise ShapeError(f"class_dim is {class_dim}, and logits {shape(logits)} have no such dimension") from None
+
+
 def first_tensor(output: Any) -> Tensor | None:
     """Return what a model's or module's output is about: its logits, or else the first tensor in it."""
     if isinstance(output, Tensor):

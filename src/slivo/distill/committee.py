@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slivo.distill._tensors import class_indices, first_tensor, positive, shape
+from slivo.distill._tensors import class_indices, classes_last, first_tensor, positive, shape
 from slivo.errors import RecipeError, ShapeError
 from slivo.graph.capture import evaluating
 
@@ -28,14 +28,24 @@ class Committee(nn.Module):
         shares: What each member's word counts, shape (teachers,), of sum 1.
         confident: Whether the surer members of each sample count for more.
         temperature: At which probabilities are averaged.
+        class_dim: Which dimension of the members' outputs holds the classes; None for the last of up to three.
     """
 
     shares: Tensor
     confident: Tensor
     temperature: Tensor
 
-    def __init__(self, teachers: Sequence[nn.Module], shares: Tensor, *, confident: bool, temperature: float) -> None:
+    def __init__(
+        self,
+        teachers: Sequence[nn.Module],
+        shares: Tensor,
+        *,
+        confident: bool,
+        temperature: float,
+        class_dim: int | None = None,
+    ) -> None:
         super().__init__()
+        self.class_dim = class_dim
         self.teachers = nn.ModuleList(teachers)
         self.register_buffer("shares", shares)
         # Buffers, all of it: what is said hangs on them as on weights.
@@ -43,9 +53,10 @@ class Committee(nn.Module):
         self.register_buffer("temperature", torch.tensor(float(temperature)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return logits, shape (batch, ..., classes): T log Σ wᵢ softmax(zᵢ / T)."""
+        """Return logits, of the members' shape: T log Σ wᵢ softmax(zᵢ / T)."""
         voices = self.log_probabilities(*args, **kwargs)
-        return self.temperature * torch.logsumexp(self._weights(voices) + voices, dim=0)
+        said = self.temperature * torch.logsumexp(self._weights(voices) + voices, dim=0)
+        return said if self.class_dim is None else said.movedim(-1, self.class_dim)
 
     def log_probabilities(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the logarithm of each member's softened probabilities, shape (teachers, batch, ..., classes)."""
@@ -54,7 +65,8 @@ class Committee(nn.Module):
         if len(logits) < len(found) or len({each.shape for each in logits}) > 1:
             said = ", ".join("no tensor" if each is None else shape(each) for each in found)
             raise ShapeError(f"the teachers of a committee give out {said}; they must have the same classes")
-        return torch.stack([F.log_softmax(each.float() / self.temperature, dim=-1) for each in logits])
+        last = [classes_last(each, self.class_dim) for each in logits]
+        return torch.stack([F.log_softmax(each.float() / self.temperature, dim=-1) for each in last])
 
     def _weights(self, voices: Tensor) -> Tensor:
         """Return the logarithms of what each member's word counts, to be added to `voices`."""
@@ -65,7 +77,13 @@ class Committee(nn.Module):
         return F.log_softmax(shares - entropies, dim=0)
 
 
-def committee(teachers: Sequence[nn.Module], voices: Voices = "equal", *, temperature: float = 4.0) -> Committee:
+def committee(
+    teachers: Sequence[nn.Module],
+    voices: Voices = "equal",
+    *,
+    temperature: float = 4.0,
+    class_dim: int | None = None,
+) -> Committee:
     """Make one teacher of several, whose probabilities are averaged.
 
     A student that is to minimize the mean of the divergences from all of them is to say the mean of their
@@ -76,6 +94,8 @@ def committee(teachers: Sequence[nn.Module], voices: Voices = "equal", *, temper
         voices: What each counts: ``equal``; numbers of any sum; or ``confidence``, by which for each sample the
             members weigh as e to the power of minus the entropy of what they say. `learn_voices` finds numbers.
         temperature: At which probabilities are averaged; that of the loss, with which it then is exact.
+        class_dim: Which dimension of the members' outputs holds the classes: 1 for (batch, classes, height, width).
+            None for the last; of outputs of more than three dimensions it must be said.
 
     Returns:
         A module with the inputs of the teachers, whose output is logits: T log Σ wᵢ softmax(zᵢ / T).
@@ -108,7 +128,7 @@ def committee(teachers: Sequence[nn.Module], voices: Voices = "equal", *, temper
             f"voices is {voices}; there must be {len(teachers)} numbers, none below 0 and not all of them 0"
         )
     shares = torch.tensor(numbers) / sum(numbers)
-    return Committee(teachers, shares, confident=voices == "confidence", temperature=temperature)
+    return Committee(teachers, shares, confident=voices == "confidence", temperature=temperature, class_dim=class_dim)
 
 
 def learn_voices(
@@ -147,6 +167,7 @@ def learn_voices(
                 logits = first_tensor(forward(teacher, batch))
                 if logits is None:
                     raise ShapeError("a teacher of the committee gives out no tensor")
+                logits = classes_last(logits, members.class_dim)
                 right = class_indices(labels(batch), logits.shape[-1])
                 said.append(F.log_softmax(logits.float(), dim=-1).gather(-1, right[..., None]).flatten())
             found.append(torch.stack(said))
@@ -158,4 +179,5 @@ def learn_voices(
         shares = F.softmax(shares.log() + likely, dim=0).mean(1, keepdim=True)
     shares = shares.flatten().to(members.shares)
     _log.info("voices of the committee: %s", ", ".join(f"{share:.3f}" for share in shares))
-    return Committee(list(members.teachers), shares, confident=False, temperature=float(members.temperature))
+    temperature, class_dim = float(members.temperature), members.class_dim
+    return Committee(list(members.teachers), shares, confident=False, temperature=temperature, class_dim=class_dim)

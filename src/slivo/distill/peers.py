@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from slivo.distill import features, logits
 from slivo.distill._maps import average, exact
-from slivo.distill._tensors import logits_of, positive
+from slivo.distill._tensors import classes_last, logits_of, positive
 from slivo.distill._tensors import weight as check_weight
 from slivo.distill.adapt import adapter, channels
 from slivo.distill.objective import attended
@@ -33,6 +33,7 @@ def mutual(
     temperature: float = 1.0,
     weight: float = 1.0,
     teaches: Teaches = "all",
+    class_dim: int | None = None,
 ) -> Callable[[nn.Module, Batch], dict[str, Tensor]]:
     """Return an objective by which several models learn together, each from the labels and from the others.
 
@@ -43,6 +44,8 @@ def mutual(
         weight: Of the mean divergence from the others.
         teaches: ``all``, or ``first``: the first model learns from labels alone and teaches the others while it learns
             (joint training of teacher and student).
+        class_dim: Which dimension of the outputs holds the classes: 1 for (batch, classes, height, width). None for the
+            last; of outputs of more than three dimensions it must be said.
 
     Returns:
         A callable ``(models, batch)`` to terms by name for `slivo.train.fit` or any loop; ``models`` is an
@@ -72,7 +75,7 @@ def mutual(
         if not isinstance(models, nn.ModuleList) or len(models) < 2:
             raise SlivoError(f"models that learn together are a ModuleList of two or more, not {type(models).__name__}")
         outputs = [task_forward(model, batch) for model in models]
-        said = [logits_of(output) for output in outputs]
+        said = [classes_last(logits_of(output), class_dim) for output in outputs]
         parts = {f"labels.{at}": task_loss(output, batch) for at, output in enumerate(outputs)}
         for at, ours in enumerate(said):
             others = [theirs for other, theirs in enumerate(said) if other != at and (teaches == "all" or other == 0)]

@@ -13,11 +13,11 @@ from typing import Any, Literal, get_origin, get_type_hints
 from torch import Tensor, nn
 
 from slivo.distill import heads, logits
-from slivo.distill._tensors import shape
+from slivo.distill._tensors import classes_last
 from slivo.distill.classes import ClassMap
 from slivo.distill.schedule import Ramp, now
 from slivo.distill.taps import match
-from slivo.errors import RecipeError, ShapeError, SlivoError
+from slivo.errors import RecipeError, SlivoError
 
 At = str | tuple[str, str] | Mapping[str, str]
 Weight = float | Ramp | Literal["auto"]
@@ -114,22 +114,11 @@ class Term:
         Raises:
             ShapeError: If there is no such dimension, or it must be said which it is.
         """
-        dim, most = self.class_dim, max(student.dim(), teacher.dim())
         # Of all losses on logits only these do not ask what is a class.
         entrywise = self.function in (logits.mse, logits.l1)
-        if dim is None and most > 3 and self.function.__module__ == logits.__name__ and not entrywise:
-            raise ShapeError(
-                f"student logits {shape(student)} and teacher logits {shape(teacher)} have more than three dimensions; "
-                "say which holds the classes: class_dim=1 for (batch, classes, height, width), -1 for the last"
-            )
-        if dim is None:
+        if self.class_dim is None and (entrywise or self.function.__module__ != logits.__name__):
             return student, teacher
-        try:
-            return student.movedim(dim, -1), teacher.movedim(dim, -1)
-        except IndexError:
-            raise ShapeError(
-                f"class_dim is {dim}, and student {shape(student)} and teacher {shape(teacher)} have no such dimension"
-            ) from None
+        return classes_last(student, self.class_dim), classes_last(teacher, self.class_dim)
 
     def options(self, progress: float) -> dict[str, Any]:
         """Return the options at a share of the training that is done."""
