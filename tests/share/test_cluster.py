@@ -80,6 +80,14 @@ def test_a_mapping_says_how_many_values_each_weight_has() -> None:
     assert list(shared(share(net(), 3, exclude="2"))) == ["0.weight"]
 
 
+def test_vectors_are_shared_if_asked() -> None:
+    small = share(net(), {"*.bias": 3, "*": 5}, vectors=True)
+    assert {name: one.values for name, one in shared(small).items()} == {
+        "0.weight": 5, "0.bias": 3, "2.weight": 5, "2.bias": 3,
+    }  # fmt: skip
+    assert len(small[0].bias.unique()) == 3
+
+
 def test_gradients_weigh() -> None:
     """What rounding costs is little where the gradient is."""
     model = net()

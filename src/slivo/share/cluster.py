@@ -27,6 +27,7 @@ def share(
     codebook: Codebook = "kmeans",
     init: str = "linear",
     groups: int = 1,
+    vectors: bool = False,
     only: Sequence[str] | str = (),
     exclude: Sequence[str] | str = (),
     batches: Iterable[Any] | None = None,
@@ -47,8 +48,9 @@ def share(
         init: Where k-means begins: ``linear``, ``density`` or ``quantile`` (`slivo.share.kmeans`).
         groups: How many equal parts of each weight's outputs have values of their own. More of them are closer to the
             weights, and cost a codebook each.
-        only: Globs over names of parameters and modules; if given, no others are shared. Otherwise all floating-point
-            parameters of two dimensions or more.
+        vectors: Whether parameters of one dimension are shared, too: biases, and scales of norms. They are few, but
+            where nearly all weights are zero they are what is left.
+        only: Globs over names of parameters and modules; if given, no others are shared.
         exclude: Likewise; these stay as they are.
         batches: With ``loss``, what weights are weighed by: k-means then counts each with the square of its gradient,
             summed over batches, in place of its second derivative. Small batches tell more.
@@ -74,7 +76,7 @@ def share(
     """
     check_model(model)
     check_values(model)
-    chosen = _chosen(model, clusters, listed(only, "only"), listed(exclude, "exclude"))
+    chosen = _chosen(model, clusters, 1 if vectors else 2, listed(only, "only"), listed(exclude, "exclude"))
     for count in chosen.values():
         check(count, init)
     if codebook not in get_args(Codebook):
@@ -109,11 +111,11 @@ def shared(model: nn.Module) -> dict[str, Shared]:
 
 
 def _chosen(
-    model: nn.Module, clusters: int | Mapping[str, int], only: Sequence[str], exclude: Sequence[str]
+    model: nn.Module, clusters: int | Mapping[str, int], least: int, only: Sequence[str], exclude: Sequence[str]
 ) -> dict[str, int]:
-    """Return the weights to share, by name, and the number of values of each."""
+    """Return the weights to share, of so many dimensions at least, by name, and the number of values of each."""
     by_glob = clusters if isinstance(clusters, Mapping) else {"*": clusters}
-    weights = [name for name, each in model.named_parameters() if each.dim() > 1 and each.is_floating_point()]
+    weights = [name for name, each in model.named_parameters() if each.dim() >= least and each.is_floating_point()]
     for glob in (*by_glob, *only, *exclude):
         if not isinstance(glob, str) or not (matches(glob, weights) or glob == "*"):
             raise SlivoError(f"{said(glob)} matches no weight; there are {', '.join(weights[:4]) or 'none'} …")
@@ -125,7 +127,9 @@ def _chosen(
         if count is not None:
             found[name] = count
     if not found:
-        raise SlivoError("nothing is left to share: no weight of two dimensions or more is chosen")
+        raise SlivoError(
+            "nothing is left to share: no weight is chosen that has two dimensions, or one with vectors=True"
+        )
     return found
 
 
