@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 
 from slivo.errors import ArtifactError
 
+_STALE = 3600.0  # seconds; who writes touches the file all the while, and a dead process never again
+
 
 def write(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part, and so that it survives a power cut.
+
+    Several may write the same file at once: it is then the whole of what one of them wrote, the last to finish.
 
     Args:
         path: The file; its folder is made if need be, a file that is there is replaced.
@@ -26,20 +33,30 @@ def write(path: Path, content: bytes | str) -> None:
         >>> file.read_text(), [each.name for each in file.parent.iterdir()]
         ('dear', ['letter.txt'])
     """
-    # One name for all attempts: what a kill leaves behind is overwritten by the next.
-    temporary = path.with_name(f".{path.name}.partial")
+    # A name of its own for each attempt: of two writers of one file neither must take the other's half for its own.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        _sweep(path)
+        with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync(path.parent)
     except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:  # whatever went wrong, an interrupt included; what was written in full is not there under this name
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _sweep(path: Path) -> None:
+    """Remove what attempts at a file left behind that were killed long ago."""
+    for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
+        with suppress(OSError):  # another may remove it, too
+            if time.time() - left.stat().st_mtime > _STALE:
+                left.unlink()
 
 
 def sync(path: Path) -> None:
