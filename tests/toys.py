@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
+from slivo.recipe import Watch
 from slivo.tasks import Task, classification
 
 
@@ -27,6 +33,59 @@ def task(samples: int = 96, features: int = 12) -> Task:
 def other_task() -> Task:
     """A task of the same kind that `net` does not fit."""
     return task(features=5)
+
+
+class Moving(Dataset[tuple[Tensor, Tensor]]):
+    """Points that are elsewhere each time they are looked at."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return 96
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, label = self.data[index]
+        return x + 0.1 * torch.randn(x.shape), label
+
+
+def moving_task() -> Task:
+    still = task()
+    return replace(still, train=Moving(still.train))
+
+
+class Strict(Dataset[dict[str, Tensor]]):
+    """Samples that are mappings."""
+
+    def __init__(self, data: Dataset[Any]) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        x, label = self.data[index]
+        return {"x": x, "label": label}
+
+
+def strict_task() -> Task:
+    """A task whose functions know exactly what is in a batch."""
+    lax = task()
+
+    def only(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert set(batch) == {"x", "label"}
+        return batch
+
+    return replace(
+        lax,
+        kind="something",
+        train=Strict(lax.train),
+        val=Strict(lax.val),
+        test=Strict(lax.test),
+        inputs=lambda batch: (only(batch)["x"],),
+        loss=lambda output, batch: nn.functional.cross_entropy(output, only(batch)["label"]),
+        update=lambda metrics, output, batch: metrics.update(output.argmax(-1), only(batch)["label"]),
+    )
 
 
 class Net(nn.Module):
@@ -61,6 +120,17 @@ class Guesser(nn.Module):
         return out
 
 
+class Bare(nn.Module):
+    """A network without modules inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
 def recipe(*stages: dict[str, Any], **parts: Any) -> dict[str, Any]:
     """Return a recipe on the toy task."""
     return {
@@ -77,3 +147,48 @@ KD = {"losses": [{"kd": {"temperature": 2.0, "weight": 0.9}}], "epochs": 2, "bat
 PRUNE = {"criterion": "taylor", "schedule": {"steps": 2}, "recover": KD}
 WITH_ADAPTER = {"losses": ["kd", {"hint": {"at": "second", "weight": 0.1}}], "epochs": 2, "batch_size": 16}
 ALL_KINDS = ({"prune": PRUNE}, {"finetune": {"epochs": 1}}, {"distill": WITH_ADAPTER}, {"quantize": {}})
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing in the library expects it."""
+
+
+class Killer(Watch):
+    """Dies at the given moment: what happens, in which step, and after how many steps of a training."""
+
+    def __init__(self, what: str, label: str, done: int = 0) -> None:
+        self.moment = (what, label, done)
+
+    def _reach(self, what: str, label: str, done: int = 0) -> None:
+        if (what, label, done) == self.moment:
+            raise Killed
+
+    def started(self, label: str, index: int, count: int) -> None:
+        assert 0 <= index <= count
+        self._reach("started", label)
+
+    def progress(self, label: str, done: int, total: int, fields: Mapping[str, float]) -> None:
+        assert done <= total
+        assert all(math.isfinite(value) for value in fields.values())
+        self._reach("progress", label, done)
+
+    def finished(self, record: Mapping[str, Any]) -> None:
+        self._reach("finished", record["label"])
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((folder / "run.json").read_text()), rows, json.loads((folder / "summary.json").read_text())
+
+
+def timeless(value: Any) -> Any:
+    """Leave out what depends on the clock."""
+    if isinstance(value, dict):
+        clock = ("seconds", "samples_per_second", "latency_ms", "started")
+        return {key: timeless(item) for key, item in value.items() if key not in clock}
+    return [timeless(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -4,66 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import toys
-from torch import nn
+from toys import Killed, Killer, read, same, timeless
 
 import slivo
 from slivo import edits
 from slivo.errors import ArtifactError, OutputError, RecipeError, ShapeError, SlivoError, TargetError
-from slivo.recipe import Result, Watch, load, run
+from slivo.recipe import Result, load, run
 
 FULL = toys.recipe(*toys.ALL_KINDS)
-
-
-class Killed(BaseException):
-    """Stands for the death of the process: nothing in the library expects it."""
-
-
-class Killer(Watch):
-    """Dies at the given moment: what happens, in which step, and after how many steps of a training."""
-
-    def __init__(self, what: str, label: str, done: int = 0) -> None:
-        self.moment = (what, label, done)
-
-    def _reach(self, what: str, label: str, done: int = 0) -> None:
-        if (what, label, done) == self.moment:
-            raise Killed
-
-    def started(self, label: str, index: int, count: int) -> None:
-        assert 0 <= index <= count
-        self._reach("started", label)
-
-    def progress(self, label: str, done: int, total: int, fields: Mapping[str, float]) -> None:
-        assert done <= total
-        assert all(math.isfinite(value) for value in fields.values())
-        self._reach("progress", label, done)
-
-    def finished(self, record: Mapping[str, Any]) -> None:
-        self._reach("finished", record["label"])
-
-
-def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((folder / "run.json").read_text()), rows, json.loads((folder / "summary.json").read_text())
-
-
-def timeless(value: Any) -> Any:
-    """Leave out what depends on the clock."""
-    if isinstance(value, dict):
-        clock = ("seconds", "samples_per_second", "latency_ms", "started")
-        return {key: timeless(item) for key, item in value.items() if key not in clock}
-    return [timeless(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def same(first: nn.Module, second: nn.Module) -> bool:
-    ours, theirs = first.state_dict(), second.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.fixture(scope="module")

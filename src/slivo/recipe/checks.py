@@ -10,6 +10,7 @@ from slivo.prune import criteria
 from slivo.prune.sparse.choice import check_criterion
 from slivo.prune.sparse.masks import check_sparsity
 from slivo.quantize import SCHEMES
+from slivo.recipe.lesson import on_sizes
 from slivo.recipe.schema import Distill, Layers, Part, Prune, Quantize, Recipe, Repeat, Sparsify, Stage
 from slivo.recipe.text import Path, unknown
 
@@ -28,6 +29,9 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     """
     if recipe.student.from_ is not None and recipe.student.model is not None:
         yield ("student",), "has from and model; give one: the teacher itself is made smaller, or another model"
+    if recipe.student.inherit is not None and recipe.student.model is None:
+        yield ("student", "inherit"), "is for another model than the teacher, which has its weights; leave it out"
+    yield from _committee(recipe)
     kinds = [(path, stage) for path, stage in _walk(recipe.stages, ("stages",))]
     for path, stage in kinds:
         if len(stage.given) != 1:
@@ -38,6 +42,14 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         kind, part = next(iter(stage.given.items()))
         yield from _part(recipe, (*path, kind), part)
     yield from _order(kinds)
+
+
+def _committee(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.committee is None:
+        return
+    voices, count = recipe.committee.voices, len(recipe.committee.others) + 1
+    if not isinstance(voices, str) and (len(voices) != count or not any(voices)):
+        yield ("committee", "voices"), f"is {voices}; {count} numbers, the teacher's first, and not all of them 0"
 
 
 def _walk(stages: Sequence[Stage], path: Path) -> Iterator[tuple[Path, Stage]]:
@@ -111,9 +123,15 @@ def _sparsify(path: Path, part: Sparsify) -> Iterator[Problem]:
 def _losses(path: Path, part: Distill) -> Iterator[Problem]:
     for index, loss in enumerate(part.losses):
         try:
-            losses.build(loss)
+            term = losses.build(loss)
         except RecipeError as error:
             yield (*path, "losses", index), f"is not valid: {error}"
+            continue
+        if part.cache is not None and part.cache.top_k is not None and on_sizes(term):
+            yield (
+                (*path, "losses", index),
+                f"is {term.name}, which compares the size of logits, and top_k keeps probabilities; leave top_k out",
+            )
 
 
 def _order(kinds: Sequence[tuple[Path, Stage]]) -> Iterator[Problem]:

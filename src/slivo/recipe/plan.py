@@ -57,7 +57,8 @@ class Step:
     """One thing that a run does; what it leaves is kept before the next begins.
 
     Args:
-        kind: ``teacher``, ``prune``, ``recover``, ``distill``, ``finetune``, ``sparsify``, ``quantize`` or ``export``.
+        kind: ``teacher``, ``member`` (of a committee), ``prune``, ``recover``, ``distill``, ``finetune``,
+            ``sparsify``, ``quantize`` or ``export``.
         label: What to call it.
         path: Where in the recipe it is said.
         part: What the recipe says.
@@ -101,6 +102,9 @@ def plan(recipe: Recipe) -> list[Step]:
     """
     teacher = recipe.teacher if recipe.teacher is not None else Teacher(model="")
     found: list[Step | _Cut] = [Step("teacher", "teacher", ("teacher",), teacher)]
+    others = recipe.committee.others if recipe.committee is not None else []
+    for index, other in enumerate(others):
+        found.append(Step("member", f"teacher {index + 2}", ("committee", "others", index), other))
     for index, stage in enumerate(recipe.stages):
         _lay(found, stage, ("stages", index), "")
     return _with_goals(found, recipe)

@@ -10,14 +10,16 @@ import numpy as np
 from torch import nn
 
 from slivo import tasks
-from slivo.errors import ArtifactError, RecipeError
+from slivo.distill import Inherited, inherit
+from slivo.errors import ArtifactError, RecipeError, SlivoError
 from slivo.graph import trace
 from slivo.options import MinWidth
 from slivo.prune import allocate, select
+from slivo.recipe.lesson import check
 from slivo.recipe.load import Loaded
 from slivo.recipe.models import Origin, live, made, named
 from slivo.recipe.plan import Goal, Step, plan
-from slivo.recipe.schema import Prune
+from slivo.recipe.schema import Distill, Inherit, Prune
 from slivo.recipe.stages import budget
 from slivo.tasks import Task
 
@@ -32,6 +34,7 @@ class Job:
         task: Data, loss and metrics.
         teacher: How the teacher is made.
         student: How the student is made; None if it is a copy of the teacher.
+        others: How those are made that teach beside the teacher.
         seed: Of everything random.
     """
 
@@ -40,6 +43,7 @@ class Job:
     task: Task
     teacher: Origin
     student: Origin | None
+    others: tuple[Origin, ...]
     seed: int
 
     @property
@@ -75,11 +79,44 @@ def prepare(loaded: Loaded, *, task: Task | None = None, model: nn.Module | None
     with _place(loaded, "student"):
         student = None if recipe.student.model is None else named(recipe.student.model, recipe.student.args)
         networks += [] if student is None else [made(student, seed)]
+    others = []
+    for index, part in enumerate(recipe.committee.others if recipe.committee is not None else []):
+        with _place(loaded, "committee", "others", index):
+            others.append(named(part.model, part.args))
+            networks.insert(-1, made(others[-1], seed))
     for network in networks:
         tasks.check(task, network)
     steps = plan(loaded.recipe)
     _check_budget(steps, networks[0], networks[-1], task)
-    return Job(loaded, steps, task, teacher, student, seed)
+    _check_lessons(loaded, steps, networks, task)
+    return Job(loaded, steps, task, teacher, student, tuple(others), seed)
+
+
+def _check_lessons(loaded: Loaded, steps: list[Step], networks: list[nn.Module], task: Task) -> None:
+    """Find out, with networks that may not be trained yet, whether students can be taught as the recipe says."""
+    recipe, source = loaded.recipe, loaded.source
+    committee = recipe.committee
+    if recipe.student.inherit is not None:
+        found = first_weights(networks[-1], networks[0], recipe.student.inherit, task)
+        if not (found.copied or found.projected):
+            raise source.error(
+                ("student", "inherit"),
+                "finds no tensor of the student that the teacher has, by name; map their modules by layers: "
+                "{student: teacher}, or leave it out",
+            )
+    if committee is not None and committee.voices == "learned" and not task.kind.endswith("classification"):
+        raise source.error(("committee", "voices"), f"are learned from classes, and the task is of kind {task.kind!r}")
+    for step in {step.path: step for step in steps if isinstance(step.part, Distill)}.values():
+        assert isinstance(step.part, Distill)
+        try:
+            check(step.part, task, networks[-1], networks[0], several=committee is not None)
+        except SlivoError as error:
+            raise source.error(step.path, f"cannot be done: {error}") from error
+
+
+def first_weights(student: nn.Module, teacher: nn.Module, part: Inherit, task: Task) -> Inherited:
+    """Start a student from its teacher's weights, as the recipe says."""
+    return inherit(student, teacher, task.example_inputs, layers=part.layers, widths=part.widths)
 
 
 def _task(loaded: Loaded) -> Task:
@@ -93,12 +130,12 @@ def _task(loaded: Loaded) -> Task:
 
 
 @contextmanager
-def _place(loaded: Loaded, key: str) -> Iterator[None]:
+def _place(loaded: Loaded, *path: str | int) -> Iterator[None]:
     """Say where in the recipe a network is named that cannot be made."""
     try:
         yield
     except ArtifactError as error:
-        raise RecipeError(f"{loaded.source.place((key, 'model'))}: {error}") from error
+        raise RecipeError(f"{loaded.source.place((*path, 'model'))}: {error}") from error
 
 
 def _check_budget(steps: list[Step], teacher: nn.Module, student: nn.Module, task: Task) -> None:

@@ -26,7 +26,7 @@ from slivo.recipe import result
 from slivo.recipe.load import Loaded
 from slivo.recipe.models import made
 from slivo.recipe.plan import Step
-from slivo.recipe.prepare import Job, prepare
+from slivo.recipe.prepare import Job, first_weights, prepare
 from slivo.recipe.stages import STAGES, Outcome, Work, measured, since
 from slivo.recipe.watch import Watch
 from slivo.tasks import Task
@@ -118,6 +118,7 @@ class _Run:
         self.spent, self.began = float(book["seconds"]), time.perf_counter()
         self.teacher: nn.Module | None = None
         self.student: nn.Module | None = None
+        self.chosen: list[tuple[str, str]] = []
 
     def restore(self) -> None:
         """Take up what the steps that are done have left; rows of a step that will be repeated go."""
@@ -151,7 +152,9 @@ class _Run:
             "details": outcome.details,
         }
         self.book["stages"].append(record)
-        self.book["decisions"] += [{"stage": step.label, "what": "warned", "why": text} for text in warned]
+        decided = [*self.chosen, *(("warned", text) for text in warned)]
+        self.book["decisions"] += [{"stage": step.label, "what": what, "why": why} for what, why in decided]
+        self.chosen = []
         self.save()
         self.checkpoint(index).unlink(missing_ok=True)
         shutil.rmtree(self.kept(index - 1), ignore_errors=True)
@@ -163,14 +166,24 @@ class _Run:
             self.teacher = made(self.job.teacher, self.job.seed)
             return None
         if self.student is None:
-            assert self.teacher is not None
-            self.student = (
-                duplicate(self.teacher) if self.job.student is None else made(self.job.student, self.job.seed)
-            )
+            self.student = self.first_student()
         stages = self.book["stages"]
         first = index == 1 and self.job.student is not None
         found: dict[str, Any] = measured(self.student, self.job.task) if first else stages[-1]["after"]
         return found
+
+    def first_student(self) -> nn.Module:
+        """Return what the student is before the first stage."""
+        assert self.teacher is not None
+        if self.job.student is None:
+            return duplicate(self.teacher)
+        student, part = made(self.job.student, self.job.seed), self.job.loaded.recipe.student.inherit
+        if part is None:
+            return student
+        found = first_weights(student, self.teacher, part, self.job.task)
+        counts = f"{len(found.copied)} tensors, {len(found.projected)} made smaller, {len(found.left)} its own"
+        self.chosen = [("inherited", f"the student starts from the teacher's weights: {counts}")]
+        return found.model
 
     def work(self, index: int, step: Step, before: Mapping[str, Any] | None) -> Work:
         """Return what a step works with."""
@@ -189,6 +202,8 @@ class _Run:
             watch=self.watch,
             on_epoch=lambda row: files.append_row(self.epochs, _row(index, step, row)),
             checkpoint=self.checkpoint(index),
+            committee=self.job.loaded.recipe.committee,
+            others=self.job.others,
         )
 
     def keep(self, index: int, step: Step, outcome: Outcome) -> None:

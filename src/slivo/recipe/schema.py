@@ -62,11 +62,29 @@ def _as_loss(value: object) -> object:
 Loss = Annotated[dict[str, dict[str, Any]], BeforeValidator(_as_loss), Field(min_length=1, max_length=1)]
 
 
+def _as_mapping(value: object) -> object:
+    """Allow ``true`` for an empty mapping, and ``false`` for none."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+class Cache(Part):
+    """Answers of the teacher, kept on disk while the run lasts, so that each is asked for once."""
+
+    views: Count = Field(default=1, description="a whole number, 1 or more; data that are augmented need several")
+    top_k: Count | None = Field(default=None, description="how many of the output's classes are kept, 1 or more")
+    features: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float32", description="float32, float16 or bfloat16"
+    )
+
+
 class Distill(Fit):
     """A training by the task's loss and by what the teacher says."""
 
     losses: Annotated[list[Loss], Field(min_length=1)] = Field(
         description="a list of losses, such as [{kd: {temperature: 4.0}}]; `slivo losses` lists them"
+    )
+    cache: Annotated[Cache | None, BeforeValidator(_as_mapping)] = Field(
+        default=None, description="true, or a mapping with views, top_k and features"
     )
     label_weight: Annotated[float, Field(ge=0)] = Field(
         default=0.1, description="the weight of the task's own loss, 0 or above"
@@ -199,12 +217,36 @@ class Teacher(Part):
     )
 
 
+class Committee(Part):
+    """Networks that teach beside the teacher; in distillations they speak with one voice."""
+
+    others: Annotated[list[Teacher], Field(min_length=1)] = Field(description="a list of mappings as that of teacher")
+    voices: Literal["equal", "confidence", "learned"] | list[Annotated[float, Field(ge=0)]] = Field(
+        default="equal", description="equal, confidence, learned, or a list with a number for each, the teacher first"
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        default=4.0, description="above 0, that of the losses: probabilities are averaged at it"
+    )
+
+
+class Inherit(Part):
+    """First weights of the student, taken from the teacher; see `slivo.distill.inherit`."""
+
+    layers: dict[str, str] | None = Field(
+        default=None, description="a mapping of the student's modules to the teacher's"
+    )
+    widths: Literal["cut", "svd"] = Field(default="cut", description="cut or svd")
+
+
 class Student(Part):
     """The network that is made smaller: a copy of the teacher, or another."""
 
     from_: Literal["teacher"] | None = Field(default=None, alias="from", description="teacher")
     model: str | None = Field(default=None, description=_REFERENCE)
     args: dict[str, Any] = Field(default={}, description="a mapping of arguments of the model")
+    inherit: Annotated[Inherit | None, BeforeValidator(_as_mapping)] = Field(
+        default=None, description="true, or a mapping with layers and widths"
+    )
 
 
 class Goal(Part):
@@ -227,6 +269,7 @@ class Recipe(Part):
     name: str = Field(default="", description="a name for the run")
     task: TaskPart | None = Field(default=None, description="a mapping with kind and data")
     teacher: Teacher | None = Field(default=None, description="a mapping with model, args and fit")
+    committee: Committee | None = Field(default=None, description="a mapping with others, and voices")
     student: Student = Field(
         default=Student.model_validate({"from": "teacher"}), description="a mapping with from, or model"
     )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slivo import edits, losses
+from slivo import edits
 from slivo.distill import distill
 from slivo.errors import SlivoError
 from slivo.export import onnx
@@ -25,8 +25,10 @@ from slivo.measure.latency import compare
 from slivo.prune import Budget, HoldMasks, criteria, permute, prune, refit, select, sparsify, sparsity
 from slivo.prune.sparse.masks import masked
 from slivo.quantize import quantize
+from slivo.recipe.lesson import lesson
+from slivo.recipe.models import Origin, made
 from slivo.recipe.plan import Goal, Piece, Step
-from slivo.recipe.schema import Distill, Fit, Optimizer, Prune, Quantize, Sparsify, Teacher
+from slivo.recipe.schema import Committee, Distill, Fit, Optimizer, Prune, Quantize, Sparsify, Teacher
 from slivo.recipe.watch import Watch
 from slivo.tasks import Task, forward, loader
 from slivo.train import Hook, OptimizerSpec, Progress, fit
@@ -52,6 +54,8 @@ class Work:
         watch: Hears of progress.
         on_epoch: Gets each row of a training.
         checkpoint: A file of the step's own for a training to resume from.
+        committee: How several teachers speak with one voice; None if there is one.
+        others: How those are made that teach beside the teacher.
     """
 
     task: Task
@@ -63,6 +67,12 @@ class Work:
     watch: Watch
     on_epoch: Callable[[Mapping[str, Any]], None]
     checkpoint: Path
+    committee: Committee | None = None
+    others: Sequence[Origin] = ()
+
+    def member(self, index: int) -> Path:
+        """Return the folder of one that teaches beside the teacher."""
+        return self.folder / "teachers" / str(index + 2)
 
 
 @dataclass(frozen=True)
@@ -87,12 +97,29 @@ def measured(model: nn.Module, task: Task) -> dict[str, float]:
 
 def run_teacher(work: Work, step: Step) -> Outcome:
     """Train the teacher, unless it is trained already."""
+    details, history = _taught(work, step, work.teacher)
+    return Outcome(work.teacher, details, history)
+
+
+def run_member(work: Work, step: Step) -> Outcome:
+    """Train one that teaches beside the teacher, unless it is trained already, and keep it."""
+    index = step.path[-1]
+    assert isinstance(index, int)
+    model = made(work.others[index], work.seed)
+    details, history = _taught(work, step, model)
+    details[work.task.primary] = round(quality(model, work.task, "val")[work.task.primary], 6)
+    work.others[index].save(model, work.member(index), {"role": step.label})
+    return Outcome(work.student, details, history)
+
+
+def _taught(work: Work, step: Step, model: nn.Module) -> tuple[Details, list[dict[str, Any]]]:
+    """Train a teacher in place if its part of the recipe says so."""
     part = step.part
     assert isinstance(part, Teacher)
     if part.fit is None:
-        return Outcome(work.teacher.eval(), {"model": part.model}, [])
-    history = _fit(work, step, work.teacher, part.fit, scratch=True)
-    return Outcome(work.teacher, {"model": part.model, "epochs": part.fit.epochs}, history)
+        model.eval()
+        return {"model": part.model}, []
+    return {"model": part.model, "epochs": part.fit.epochs}, _fit(work, step, model, part.fit, scratch=True)
 
 
 def optimizer(part: Optimizer, *, scratch: bool) -> OptimizerSpec:
@@ -180,11 +207,22 @@ def run_distill(work: Work, step: Step) -> Outcome:
     """Train the student by its teacher."""
     part = step.part
     assert isinstance(part, Distill)
+    others = [origin.load(work.member(index)).eval() for index, origin in enumerate(work.others)]
+    given = lesson(
+        part,
+        work.task,
+        work.student,
+        [work.teacher, *others],
+        voices=work.committee,
+        seed=work.seed,
+        folder=work.checkpoint.parent / "teacher-cache",
+        progress=lambda done, total: work.watch.progress(f"{step.label}, asking the teacher", done, total, {}),
+    )
     result = distill(
         work.student,
-        work.teacher,
-        work.task,
-        [losses.build(loss) for loss in part.losses],
+        given.teacher,
+        given.task,
+        given.terms,
         epochs=part.epochs,
         optimizer=optimizer(part.optimizer, scratch=False),
         batch_size=part.batch_size,
@@ -195,8 +233,7 @@ def run_distill(work: Work, step: Step) -> Outcome:
         on_epoch=work.on_epoch,
         precision=part.precision,
     )
-    names = [next(iter(loss)) for loss in part.losses]
-    return Outcome(result.model, {"losses": names, "epochs": part.epochs}, result.history)
+    return Outcome(result.model, given.details, result.history)
 
 
 def run_finetune(work: Work, step: Step) -> Outcome:
@@ -252,6 +289,7 @@ def run_export(work: Work, step: Step) -> Outcome:
 
 STAGES: Mapping[str, Callable[[Work, Step], Outcome]] = {
     "teacher": run_teacher,
+    "member": run_member,
     "prune": run_prune,
     "recover": run_distill,
     "distill": run_distill,
