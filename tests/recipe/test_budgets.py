@@ -48,7 +48,7 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         seen.append(inputs)
         return lambda model: float(sum(each.weight.numel() for each in model.modules() if isinstance(each, nn.Linear)))
 
-    monkeypatch.setattr("slivo.recipe.stages.clock", clock)
+    monkeypatch.setattr("slivo.recipe.cuts.clock", clock)
     return seen
 
 

@@ -10,8 +10,9 @@ from slivo.prune import criteria
 from slivo.prune.sparse.choice import check_criterion
 from slivo.prune.sparse.masks import check_sparsity
 from slivo.quantize import SCHEMES
+from slivo.recipe.cuts import PLANNED
 from slivo.recipe.lesson import on_sizes
-from slivo.recipe.schema import Distill, Layers, Part, Prune, Quantize, Recipe, Repeat, Sparsify, Stage
+from slivo.recipe.schema import Distill, Layers, Part, Pressure, Prune, Quantize, Recipe, Repeat, Sparsify, Stage
 from slivo.recipe.text import Path, unknown
 
 Problem = tuple[Path, str]
@@ -80,6 +81,8 @@ def _part(recipe: Recipe, path: Path, part: Part) -> Iterator[Problem]:
             yield (*path, "stages"), f"has {len(prunes)} prune stages; exactly one, which cuts each part"
         elif prunes[0].schedule.steps != 1:
             yield (*path, "stages"), "prunes in several steps; each part is cut once: leave schedule out"
+        elif prunes[0].pressure is not None or prunes[0].controlled is not None:
+            yield (*path, "stages"), "prunes with pressure or controlled, which are for whole networks: leave them out"
         elif prunes[0].only:
             yield (*path, "stages"), "has a prune stage with only; layers says which part is cut: leave only out"
         if any(stage.layers is not None or stage.repeat is not None for stage in part.stages):
@@ -104,6 +107,30 @@ def _prune(recipe: Recipe, path: Path, part: Prune) -> Iterator[Problem]:
         yield path, "has no keep, and target asks for neither macs nor params; give one of them"
     if part.recover is not None:
         yield from _losses((*path, "recover"), part.recover)
+    if part.pressure is not None:
+        yield from _pressure((*path, "pressure"), part.pressure)
+    if part.controlled is not None:
+        yield from _controlled((*path, "controlled"), part)
+
+
+def _pressure(path: Path, part: Pressure) -> Iterator[Problem]:
+    planned = part.kind in PLANNED
+    if part.kind == "hspg" and part.strength is not None:
+        yield (*path, "strength"), "is nothing that hspg has; leave it out"
+    elif not planned and part.strength is None:
+        yield path, f"is {part.kind} and needs strength: a number above 0, such as 0.0001"
+    if not planned and part.steps is not None:
+        yield (*path, "steps"), f"is for {' and '.join(PLANNED)}; {part.kind} acts throughout: leave it out"
+
+
+def _controlled(path: Path, part: Prune) -> Iterator[Problem]:
+    keep = part.keep
+    if part.recover is None:
+        yield path, "needs recover, the training after each cut"
+    if part.pressure is not None:
+        yield path, "and pressure do not go together; leave one out"
+    if keep is not None and (keep.latency is not None or keep.latency_ms is not None):
+        yield path, "has no steps to a latency; keep macs, params or bytes"
 
 
 def _sparsify(path: Path, part: Sparsify) -> Iterator[Problem]:

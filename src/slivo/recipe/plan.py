@@ -126,11 +126,10 @@ def _lay(found: list[Step | _Cut], stage: Stage, path: Path, suffix: str, piece:
     elif isinstance(part, Prune):
         # The parts of one network have one goal; anything else that prunes is a stage of its own.
         stage_id = ("layers", piece.since) if piece is not None else ("prune", len(found))
-        count = part.schedule.steps
-        for number in range(count):
-            of = f" {number + 1}/{count}{suffix}" if count > 1 else suffix
+        for number in range(part.cuts):
+            of = f" {number + 1}/{part.cuts}{suffix}" if part.cuts > 1 else suffix
             found.append(_Cut(Step("prune", f"prune{of}", (*path, kind), part, piece=piece), stage_id, part.keep))
-            if part.recover is not None:
+            if part.recover is not None and part.controlled is None:
                 found.append(Step("recover", f"recover{of}", (*path, kind, "recover"), part.recover))
     else:
         found.append(Step(kind, f"{kind}{suffix}", (*path, kind), part, piece=piece))

@@ -15,12 +15,12 @@ from slivo.errors import ArtifactError, RecipeError, SlivoError
 from slivo.graph import trace
 from slivo.options import MinWidth
 from slivo.prune import allocate, select
+from slivo.recipe.cuts import budget
 from slivo.recipe.lesson import check
 from slivo.recipe.load import Loaded
 from slivo.recipe.models import Origin, live, made, named
 from slivo.recipe.plan import Goal, Step, plan
 from slivo.recipe.schema import Distill, Inherit, Prune
-from slivo.recipe.stages import budget
 from slivo.tasks import Task
 
 
@@ -148,7 +148,7 @@ def _check_budget(steps: list[Step], teacher: nn.Module, student: nn.Module, tas
     graph = trace(student, task.example_inputs)
     whole = graph if teacher is student else trace(teacher, task.example_inputs)
     scores = {axis.name: np.ones(axis.size) for axis in select(graph, only=part.only, exclude=part.exclude)}
-    for number, step in enumerate(cuts[: part.schedule.steps]):
+    for number, step in enumerate(cuts[: part.cuts]):
         assert step.goal is not None
         base = whole if step.goal.since is None else graph
         goal = replace(step.goal, latency=None, latency_ms=None)  # which takes time to measure

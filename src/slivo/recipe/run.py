@@ -23,12 +23,14 @@ from slivo.errors import ArtifactError, SlivoError
 from slivo.graph.copies import duplicate
 from slivo.recipe import folder as files
 from slivo.recipe import result
+from slivo.recipe.cuts import since
 from slivo.recipe.load import Loaded
 from slivo.recipe.models import made
 from slivo.recipe.plan import Step
 from slivo.recipe.prepare import Job, first_weights, prepare
-from slivo.recipe.stages import STAGES, Outcome, Work, measured, since
+from slivo.recipe.stages import STAGES
 from slivo.recipe.watch import Watch
+from slivo.recipe.work import Outcome, Work, measured
 from slivo.tasks import Task
 
 CHECKPOINTS = "checkpoints"
@@ -156,7 +158,8 @@ class _Run:
         self.book["decisions"] += [{"stage": step.label, "what": what, "why": why} for what, why in decided]
         self.chosen = []
         self.save()
-        self.checkpoint(index).unlink(missing_ok=True)
+        for file in self.checkpoints.glob(f"{index:03}.*fit"):  # of one training, or of several
+            file.unlink(missing_ok=True)
         shutil.rmtree(self.kept(index - 1), ignore_errors=True)
         self.watch.finished(record)
 

@@ -113,6 +113,32 @@ class Schedule(Part):
     steps: Count = Field(default=1, description=_AT_LEAST_ONE)
 
 
+class Pressure(Fit):
+    """A training before the cut, by labels, that makes small what will go; see `slivo.prune.pressure`.
+
+    The first four find out what can go, and need a strength; ``greg`` and ``hspg`` are told by the cut's criterion.
+    """
+
+    kind: Literal["l1", "l2", "slimming", "group_lasso", "greg", "hspg"] = Field(
+        description="l1, l2, slimming, group_lasso, greg or hspg"
+    )
+    strength: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="above 0; of greg the largest, 1 if left out; hspg has none"
+    )
+    steps: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="of greg and hspg, by when: a share of the training, 0.5 if left out"
+    )
+
+
+class Controlled(Part):
+    """How far validation lets a cut go; see `slivo.prune.iterate`."""
+
+    max_drop: Annotated[float, Field(ge=0, le=1)] = Field(
+        description="how much of the task's metric on the validation data may be lost, 0 to 1"
+    )
+    halvings: Annotated[int, Field(ge=0)] = Field(default=3, description="how often the rate may be halved, 0 or more")
+
+
 class Prune(Part):
     """Cut channels, heads and units out of the student, in one or several steps."""
 
@@ -125,6 +151,12 @@ class Prune(Part):
     )
     schedule: Schedule = Field(default=Schedule(), description="a mapping with kind and steps")
     recover: Distill | None = Field(default=None, description="a mapping as that of distill; trained after each step")
+    pressure: Pressure | None = Field(
+        default=None, description="a mapping with kind, strength, epochs, …; trained before each step"
+    )
+    controlled: Controlled | None = Field(
+        default=None, description="a mapping with max_drop; steps that lose more are taken back"
+    )
     only: list[str] = Field(default=[], description=_GLOBS)
     exclude: list[str] = Field(default=[], description=_GLOBS)
     min_width: Width | dict[str, Width] = Field(
@@ -133,6 +165,11 @@ class Prune(Part):
     round_to: Count = Field(default=1, description=_AT_LEAST_ONE)
     refit: bool = Field(default=False, description="true to set what stays by least squares after each cut")
     samples: Count = Field(default=512, description=_AT_LEAST_ONE)
+
+    @property
+    def cuts(self) -> int:
+        """How many steps of a run prune; a stage that validation controls is one step, which tries several cuts."""
+        return self.schedule.steps if self.controlled is None else 1
 
 
 class Sparsify(Part):
