@@ -203,6 +203,18 @@ def test_voices_are_learned_from_classes_alone(tmp_path: Path) -> None:
         run(recipe, tmp_path / "run", task=toys.strict_task())
 
 
+def test_a_student_is_cut_out_of_the_teacher_whoever_teaches_beside_it(tmp_path: Path) -> None:
+    part = {**KD, "epochs": 1}
+    committee = {"others": [{"model": "toys:net", "args": {"width": 3}}], "voices": [3.0, 1.0]}
+    result = run(
+        load(toys.recipe({"prune": {"criterion": "l2", "recover": part}}, committee=committee)), tmp_path / "run"
+    )
+    book, _, summary = read(result.folder)
+    assert summary["teacher"]["macs"] == book["stages"][0]["after"]["macs"] == book["stages"][2]["before"]["macs"]
+    assert book["stages"][3]["details"]["voices"] == [0.75, 0.25]
+    assert result.met
+
+
 def test_false_and_nothing_are_the_same() -> None:
     given = [load(toys.recipe({"distill": {**KD, **part}})).recipe for part in ({}, {"cache": False})]
     assert given[0] == given[1]

@@ -110,10 +110,9 @@ def check(part: Distill, task: Task, student: nn.Module, teacher: nn.Module, *, 
     plan(terms, student, teacher)
     if part.cache is None:
         return
-    if part.cache.top_k is not None and not part.cache.top_k < len(task.classes or range(part.cache.top_k + 1)):
-        raise RecipeError(
-            f"top_k is {part.cache.top_k} and there are {len(task.classes)} classes; keep fewer, or leave it out"
-        )
+    classes = len(task.classes)
+    if part.cache.top_k is not None and 0 < classes <= part.cache.top_k:
+        raise RecipeError(f"top_k is {part.cache.top_k} and there are {classes} classes; keep fewer, or leave it out")
     if part.cache.views == 1 and _augmented(task):
         raise RecipeError(
             "the training data are augmented, and one view of each sample would be the same in every epoch; keep "

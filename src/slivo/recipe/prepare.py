@@ -83,7 +83,7 @@ def prepare(loaded: Loaded, *, task: Task | None = None, model: nn.Module | None
     for index, part in enumerate(recipe.committee.others if recipe.committee is not None else []):
         with _place(loaded, "committee", "others", index):
             others.append(named(part.model, part.args))
-            networks.insert(-1, made(others[-1], seed))
+            tasks.check(task, made(others[-1], seed))
     for network in networks:
         tasks.check(task, network)
     steps = plan(loaded.recipe)
