@@ -92,7 +92,7 @@ def lesson(
         return Lesson(whole, task, terms, details)
     paths = {"", *(path for _, place in plan(terms, student, whole).values() for path in place.teacher)}
     views = _views(task, part.cache.views)
-    details["cache"] = {"answers": len(views) * views.count, **part.cache.model_dump(exclude_none=True)}
+    details["cached_answers"] = len(views) * views.count
     task = _keyed(task, views)
     return Lesson(_remembered(whole, part.cache, task, views, sorted(paths), folder, progress), task, terms, details)
 

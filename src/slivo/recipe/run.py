@@ -120,7 +120,7 @@ class _Run:
         self.spent, self.began = float(book["seconds"]), time.perf_counter()
         self.teacher: nn.Module | None = None
         self.student: nn.Module | None = None
-        self.chosen: list[tuple[str, str]] = []
+        self.chosen: list[dict[str, str]] = []
 
     def restore(self) -> None:
         """Take up what the steps that are done have left; rows of a step that will be repeated go."""
@@ -154,8 +154,9 @@ class _Run:
             "details": outcome.details,
         }
         self.book["stages"].append(record)
-        decided = [*self.chosen, *(("warned", text) for text in warned)]
-        self.book["decisions"] += [{"stage": step.label, "what": what, "why": why} for what, why in decided]
+        self.book["decisions"] += [
+            *self.chosen, *({"stage": step.label, "what": "warned", "why": text} for text in warned)
+        ]  # fmt: skip
         self.chosen = []
         self.save()
         for file in self.checkpoints.glob(f"{index:03}.*fit"):  # of one training, or of several
@@ -185,7 +186,8 @@ class _Run:
             return student
         found = first_weights(student, self.teacher, part, self.job.task)
         counts = f"{len(found.copied)} tensors, {len(found.projected)} made smaller, {len(found.left)} its own"
-        self.chosen = [("inherited", f"the student starts from the teacher's weights: {counts}")]
+        why = f"it starts from the teacher's weights: {counts}"
+        self.chosen = [{"stage": "student", "what": "inherited", "why": why}]
         return found.model
 
     def work(self, index: int, step: Step, before: Mapping[str, Any] | None) -> Work:
