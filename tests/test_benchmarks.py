@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -123,3 +124,40 @@ def test_steps_of_a_distillation_are_timed_in_every_way(tmp_path: Path) -> None:
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     assert [row["lesson"] for row in rows] == ["logits", "logits and a feature map"]
     assert all(row["ms"].keys() == {"plain", "teacher", "live", "first", "warm"} for row in rows)
+
+
+class Digits(nn.Module):
+    """A network for images with channels last, in place of those of Keras."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.last = nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU())
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(x))
+
+
+def test_ways_of_distilling_two_networks_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("distill_keras")
+    random = np.random.default_rng(0)
+    arrays = {f"{split}_images": random.integers(256, size=(96, 28, 28), dtype=np.uint8) for split in ("train", "test")}
+    labels = {f"{split}_labels": random.integers(10, size=96, dtype=np.uint8) for split in ("train", "test")}
+    np.savez(tmp_path / "mnist.npz", **arrays, **labels)
+    monkeypatch.setattr(script, "HELD_OUT", 32)
+    monkeypatch.setattr(script, "LAST", ("last", "last"))
+    monkeypatch.setattr(script, "networks", lambda: (lambda: Digits(12), lambda: Digits(6)))
+    sizes = ["--train", "32", "--epochs", "1", "--teacher-train", "64", "--teacher-epochs", "1", "--seeds", "0", "1"]
+    file = tmp_path / "rows.json"
+    command = ["distill_keras.py", "--data", str(tmp_path), "--sets", "mnist", *sizes, "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", command)
+    script.main()
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["method"] for row in rows] == ["teacher", "kd", "kd, hint", "scratch"] * 2
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+    assert len({row["params"] for row in rows}) == 2
+    assert capsys.readouterr().out.count("| mnist |") == 4
+    sys.modules.pop("distill_keras")
