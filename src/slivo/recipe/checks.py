@@ -12,7 +12,7 @@ from slivo.prune.sparse.masks import check_sparsity
 from slivo.quantize import SCHEMES
 from slivo.recipe.cuts import PLANNED
 from slivo.recipe.lesson import on_sizes
-from slivo.recipe.schema import Distill, Layers, Part, Pressure, Prune, Quantize, Recipe, Repeat, Sparsify, Stage
+from slivo.recipe.schema import Distill, Layers, Part, Pressure, Prune, Quantize, Recipe, Repeat, Share, Sparsify, Stage
 from slivo.recipe.text import Path, unknown
 
 Problem = tuple[Path, str]
@@ -73,6 +73,10 @@ def _part(recipe: Recipe, path: Path, part: Part) -> Iterator[Problem]:
         yield (*path, "scheme"), unknown(part.scheme, list(SCHEMES), "one of")
     elif isinstance(part, Sparsify):
         yield from _sparsify(path, part)
+    elif isinstance(part, Share) and part.codebook == "powers-of-two":
+        given = part.clusters.values() if isinstance(part.clusters, dict) else [part.clusters]
+        if any(count % 2 for count in given):
+            yield (*path, "clusters"), "is odd; half of the powers of two are negative: give an even number"
     elif isinstance(part, Layers):
         if (part.groups is None) == (part.modules is None):
             yield path, "needs groups, a number of parts, or modules, a list of globs for each part; one of them"
@@ -163,7 +167,7 @@ def _losses(path: Path, part: Distill) -> Iterator[Problem]:
 
 def _order(kinds: Sequence[tuple[Path, Stage]]) -> Iterator[Problem]:
     """Yield stages that come too late: integers are not trained or cut, and an export is of what is final."""
-    closed = ""
+    closed, shares = "", False
     for path, stage in kinds:
         kind = next(iter(stage.given))
         held = len(path) > 2
@@ -173,5 +177,8 @@ def _order(kinds: Sequence[tuple[Path, Stage]]) -> Iterator[Problem]:
             yield path, f"comes after export; what is exported must be final: put {kind} before it"
         elif closed == "quantize" and kind != "export":
             yield path, f"comes after quantize; integers are neither trained nor cut: put {kind} before it"
+        elif shares and kind in ("prune", "sparsify"):
+            yield path, f"comes after share; what shares values must be final: put {kind} before it"
+        shares = shares or kind == "share"
         if kind in ("quantize", "export"):
             closed = kind

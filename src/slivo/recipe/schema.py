@@ -11,7 +11,7 @@ _AT_LEAST_ONE = "a whole number, 1 or more"
 _GLOBS = "a list of globs over axis names and module paths"
 _REFERENCE = "'package.module:callable' or the folder of an artifact"
 
-Share = Annotated[float, Field(gt=0, le=1)]
+Portion = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Width = Annotated[float, Field(ge=0, le=1)] | Annotated[int, Field(ge=0)]
 
@@ -97,10 +97,10 @@ class Keep(Part):
     Latency is measured at batch 1, in PyTorch, on the machine at hand.
     """
 
-    macs: Share | None = Field(default=None, description=SHARE)
-    params: Share | None = Field(default=None, description=SHARE)
-    bytes: Share | None = Field(default=None, description=SHARE)
-    latency: Share | None = Field(default=None, description=SHARE)
+    macs: Portion | None = Field(default=None, description=SHARE)
+    params: Portion | None = Field(default=None, description=SHARE)
+    bytes: Portion | None = Field(default=None, description=SHARE)
+    latency: Portion | None = Field(default=None, description=SHARE)
     latency_ms: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="milliseconds at batch 1, above 0, in place of latency"
     )
@@ -187,6 +187,22 @@ class Sparsify(Part):
     samples: Count = Field(default=512, description=_AT_LEAST_ONE)
 
 
+class Share(Part):
+    """Let the weights of each tensor take few different values; trainings that come after it train these."""
+
+    clusters: Count | dict[str, Count] = Field(
+        default=16, description="a number of values besides zero, 1 or more, or a mapping of globs to these"
+    )
+    codebook: Literal["kmeans", "powers-of-two"] = Field(default="kmeans", description="kmeans or powers-of-two")
+    init: Literal["linear", "density", "quantile"] = Field(default="linear", description="linear, density or quantile")
+    groups: Count = Field(default=1, description=_AT_LEAST_ONE)
+    vectors: bool = Field(default=False, description="true to share the values of biases and scales of norms, too")
+    weighed: bool = Field(default=False, description="true to weigh each weight by the square of its gradient")
+    only: list[str] = Field(default=[], description="a list of globs over names of parameters and module paths")
+    exclude: list[str] = Field(default=[], description="a list of globs over names of parameters and module paths")
+    samples: Count = Field(default=512, description=_AT_LEAST_ONE)
+
+
 class Quantize(Part):
     """Store weights as integers."""
 
@@ -225,6 +241,7 @@ class Stage(Part):
     distill: Distill | None = Field(default=None, description="a mapping with losses, epochs, …")
     finetune: Fit | None = Field(default=None, description="a mapping with epochs, …")
     sparsify: Sparsify | None = Field(default=None, description="a mapping with sparsity, pattern, …")
+    share: Share | None = Field(default=None, description="a mapping with clusters, codebook, …")
     quantize: Quantize | None = Field(default=None, description="a mapping with scheme, …")
     export: Export | None = Field(default=None, description="a mapping with to")
     repeat: Repeat | None = Field(default=None, description="a mapping with times and stages")
@@ -289,9 +306,9 @@ class Student(Part):
 class Goal(Part):
     """What the student must reach; costs are shares of the teacher's."""
 
-    macs: Share | None = Field(default=None, description=SHARE)
-    params: Share | None = Field(default=None, description=SHARE)
-    bytes: Share | None = Field(default=None, description=SHARE)
+    macs: Portion | None = Field(default=None, description=SHARE)
+    params: Portion | None = Field(default=None, description=SHARE)
+    bytes: Portion | None = Field(default=None, description=SHARE)
     latency_ms: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="milliseconds at batch 1, above 0"
     )

@@ -17,8 +17,9 @@ from slivo.quantize import quantize
 from slivo.recipe.cuts import run_prune
 from slivo.recipe.models import made
 from slivo.recipe.plan import Step
-from slivo.recipe.schema import Distill, Fit, Quantize, Sparsify, Teacher
-from slivo.recipe.work import Details, Outcome, Work, data, distilled, fitted, samples
+from slivo.recipe.schema import Distill, Fit, Quantize, Share, Sparsify, Teacher
+from slivo.recipe.work import Details, Outcome, Work, data, distilled, fitted, samples, weighing
+from slivo.share import share
 
 
 def run_teacher(work: Work, step: Step) -> Outcome:
@@ -82,6 +83,16 @@ def run_sparsify(work: Work, step: Step) -> Outcome:
     return Outcome(student, details, [])
 
 
+def run_share(work: Work, step: Step) -> Outcome:
+    """Let the student's weights take few different values."""
+    part = step.part
+    assert isinstance(part, Share)
+    said: Details = part.model_dump(exclude={"weighed", "samples"})
+    weighed = weighing(work, part.samples) if part.weighed else {}
+    details: Details = {"clusters": part.clusters, "codebook": part.codebook}
+    return Outcome(share(work.student, **said, **weighed), details, [])
+
+
 def run_quantize(work: Work, step: Step) -> Outcome:
     """Turn the student's weights into integers."""
     part = step.part
@@ -113,6 +124,7 @@ STAGES: Mapping[str, Callable[[Work, Step], Outcome]] = {
     "distill": run_distill,
     "finetune": run_finetune,
     "sparsify": run_sparsify,
+    "share": run_share,
     "quantize": run_quantize,
     "export": run_export,
 }

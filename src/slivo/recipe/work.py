@@ -18,6 +18,7 @@ from slivo.recipe.models import Origin
 from slivo.recipe.plan import Step
 from slivo.recipe.schema import Committee, Distill, Fit, Optimizer, Prune, Sparsify
 from slivo.recipe.watch import Watch
+from slivo.share import TrainValues, shared
 from slivo.tasks import Task, forward, loader
 from slivo.train import Hook, OptimizerSpec, Progress, fit
 
@@ -147,17 +148,22 @@ def fitted(
 
 
 def hooks(work: Work, label: str, model: nn.Module) -> list[Hook]:
-    """Return the hooks of a training: it tells of its progress, and keeps the zeros of a model that is sparse."""
-    return [Progress(work.watch.progress, label), *([HoldMasks()] if masked(model) else [])]
+    """Return the hooks of a training: it tells of its progress, and keeps zeros and shared values what they are."""
+    kept: list[Hook] = [HoldMasks()] if masked(model) else []
+    kept += [TrainValues("mean")] if shared(model) else []
+    return [Progress(work.watch.progress, label), *kept]
 
 
 def data(work: Work, part: Prune | Sparsify) -> Details:
     """Return the batches and the loss that a part's criterion asks for, by the names of their parameters."""
-    if not criteria.resolve(part.criterion).needs_batches:
-        return {}
+    return weighing(work, part.samples) if criteria.resolve(part.criterion).needs_batches else {}
+
+
+def weighing(work: Work, count: int) -> Details:
+    """Return batches of so many samples in all, and the task's loss, by the names of their parameters."""
     task = work.task
     return {
-        "batches": list(samples(work, part.samples)),
+        "batches": list(samples(work, count)),
         "loss": lambda model, batch: task.loss(forward(task, model, batch), batch),
     }
 
