@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from slivo import losses
     from slivo.artifact import load, save
     from slivo.distill import distill
+    from slivo.factorize import factorize
     from slivo.graph import trace
     from slivo.measure import inspect
     from slivo.prune import Budget, prune, sparsify
@@ -38,6 +39,7 @@ __all__ = [
     "TargetError",
     "compress",
     "distill",
+    "factorize",
     "inspect",
     "load",
     "losses",
@@ -55,6 +57,7 @@ _HOMES = {
     "Target": "slivo.recipe",
     "compress": "slivo.recipe",
     "distill": "slivo.distill",
+    "factorize": "slivo.factorize",
     "inspect": "slivo.measure",
     "load": "slivo.artifact",
     "prune": "slivo.prune",

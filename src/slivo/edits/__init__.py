@@ -14,13 +14,27 @@ from torch import fx, nn
 
 from slivo.edits.cut import Cut
 from slivo.edits.drop import Drop
+from slivo.edits.factorize import Factorize
 from slivo.edits.mask import Mask
 from slivo.edits.quantize import Quantize
 from slivo.edits.share import Share
 from slivo.errors import ArtifactError
 from slivo.graph.copies import duplicate
 
-__all__ = ["Cut", "Drop", "Edit", "Mask", "Quantize", "Share", "apply", "from_json", "record", "replay", "to_json"]
+__all__ = [
+    "Cut",
+    "Drop",
+    "Edit",
+    "Factorize",
+    "Mask",
+    "Quantize",
+    "Share",
+    "apply",
+    "from_json",
+    "record",
+    "replay",
+    "to_json",
+]
 
 _RECORD = "_slivo_edits"
 
@@ -48,7 +62,7 @@ class Edit(Protocol):
         ...
 
 
-_KINDS: dict[str, type[Edit]] = {edit.kind: edit for edit in (Cut, Drop, Mask, Quantize, Share)}
+_KINDS: dict[str, type[Edit]] = {edit.kind: edit for edit in (Cut, Drop, Factorize, Mask, Quantize, Share)}
 
 
 def record(model: nn.Module) -> tuple[Edit, ...]:

@@ -1,1 +1,5 @@
-"""Factorization: products of thin layers in place of wide ones."""
+"""Factorization: products of thin layers in place of wide ones, at the ranks that a budget can afford."""
+
+from slivo.factorize.lowrank import factorize
+
+__all__ = ["factorize"]

@@ -12,7 +12,21 @@ from slivo.prune.sparse.masks import check_sparsity
 from slivo.quantize import SCHEMES
 from slivo.recipe.cuts import PLANNED
 from slivo.recipe.lesson import on_sizes
-from slivo.recipe.schema import Distill, Layers, Part, Pressure, Prune, Quantize, Recipe, Repeat, Share, Sparsify, Stage
+from slivo.recipe.schema import (
+    Distill,
+    Factorize,
+    Keep,
+    Layers,
+    Part,
+    Pressure,
+    Prune,
+    Quantize,
+    Recipe,
+    Repeat,
+    Share,
+    Sparsify,
+    Stage,
+)
 from slivo.recipe.text import Path, unknown
 
 Problem = tuple[Path, str]
@@ -77,6 +91,8 @@ def _part(recipe: Recipe, path: Path, part: Part) -> Iterator[Problem]:
         given = part.clusters.values() if isinstance(part.clusters, dict) else [part.clusters]
         if any(count % 2 for count in given):
             yield (*path, "clusters"), "is odd; half of the powers of two are negative: give an even number"
+    elif isinstance(part, Factorize):
+        yield from _factorize(path, part)
     elif isinstance(part, Layers):
         if (part.groups is None) == (part.modules is None):
             yield path, "needs groups, a number of parts, or modules, a list of globs for each part; one of them"
@@ -97,16 +113,9 @@ def _prune(recipe: Recipe, path: Path, part: Prune) -> Iterator[Problem]:
     if part.criterion not in criteria.names():
         yield (*path, "criterion"), unknown(part.criterion, criteria.names(), "one of")
     keep = part.keep
-    if keep is not None and not keep.model_dump(exclude_none=True):
-        yield (*path, "keep"), "is empty; give macs, params, bytes or latency, a share between 0 and 1"
-    if keep is not None and keep.latency_ms is not None:
-        if keep.latency is not None:
-            yield (*path, "keep"), "has latency, a share, and latency_ms, milliseconds; give one of them"
-        if part.schedule.steps != 1:
-            yield (
-                (*path, "keep"),
-                "has latency_ms and several steps to it; give latency, a share, or leave schedule out",
-            )
+    yield from _keep((*path, "keep"), keep)
+    if keep is not None and keep.latency_ms is not None and part.schedule.steps != 1:
+        yield (*path, "keep"), "has latency_ms and several steps to it; give latency, a share, or leave schedule out"
     if keep is None and recipe.target.macs is None and recipe.target.params is None:
         yield path, "has no keep, and target asks for neither macs nor params; give one of them"
     if part.recover is not None:
@@ -135,6 +144,21 @@ def _controlled(path: Path, part: Prune) -> Iterator[Problem]:
         yield path, "and pressure do not go together; leave one out"
     if keep is not None and (keep.latency is not None or keep.latency_ms is not None):
         yield path, "has no steps to a latency; keep macs, params or bytes"
+
+
+def _keep(path: Path, keep: Keep | None) -> Iterator[Problem]:
+    if keep is not None and not keep.model_dump(exclude_none=True):
+        yield path, "is empty; give macs, params, bytes or latency, a share between 0 and 1"
+    if keep is not None and keep.latency_ms is not None and keep.latency is not None:
+        yield path, "has latency, a share, and latency_ms, milliseconds; give one of them"
+
+
+def _factorize(path: Path, part: Factorize) -> Iterator[Problem]:
+    yield from _keep((*path, "keep"), part.keep)
+    if (part.keep is None) == (part.energy is None):
+        yield path, "needs keep, what may stay of the whole, or energy, a share for each layer; one of them"
+    if part.by == "sensitivity" and (part.keep is None or not part.samples):
+        yield (*path, "by"), "is sensitivity, which measures on samples how to part a budget; give keep and samples"
 
 
 def _sparsify(path: Path, part: Sparsify) -> Iterator[Problem]:

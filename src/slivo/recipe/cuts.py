@@ -44,7 +44,7 @@ def run_prune(work: Work, step: Step) -> Outcome:
         return _controlled(work, step, part, details)
     keep, parts = budget(step.goal, work.whole), _globs(work, step, part)
     options = {**_options(work, part), **parts, "keep": keep}
-    timer = clock(tuple(_first(value) for value in work.task.example_inputs)) if keep.timed else None
+    timer = clock(tuple(first(value) for value in work.task.example_inputs)) if keep.timed else None
     options["timer"] = timer
     whole, history, found = work.student, list[dict[str, Any]](), None
     if part.pressure is not None:
@@ -193,7 +193,7 @@ def since(stages: Sequence[Mapping[str, Any]]) -> float:
     return 1 / prod(float(stage["details"].get("latency", 1.0)) for stage in stages)
 
 
-def _first(value: Any) -> Any:
+def first(value: Any) -> Any:
     """Return the first sample of a batch."""
     return value[:1] if isinstance(value, Tensor) and value.dim() else value
 

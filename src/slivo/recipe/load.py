@@ -31,7 +31,7 @@ def shipped() -> dict[str, str]:
 
     Example:
         >>> sorted(shipped())
-        ['alternate', 'layered', 'prune-then-distill']
+        ['alternate', 'layered', 'low-rank-then-distill', 'prune-then-distill']
     """
     folder = resources.files("slivo") / "recipes"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)

@@ -58,7 +58,7 @@ class Step:
 
     Args:
         kind: ``teacher``, ``member`` (of a committee), ``prune``, ``recover``, ``distill``, ``finetune``,
-            ``sparsify``, ``quantize`` or ``export``.
+            ``sparsify``, ``factorize``, ``quantize`` or ``export``.
         label: What to call it.
         path: Where in the recipe it is said.
         part: What the recipe says.

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 SHARE = "a share between 0 and 1 (0.5 keeps half)"
 _AT_LEAST_ONE = "a whole number, 1 or more"
 _GLOBS = "a list of globs over axis names and module paths"
+_LAYERS = "a list of globs over names of layers and module paths"
 _REFERENCE = "'package.module:callable' or the folder of an artifact"
 
 Portion = Annotated[float, Field(gt=0, le=1)]
@@ -203,6 +204,23 @@ class Share(Part):
     samples: Count = Field(default=512, description=_AT_LEAST_ONE)
 
 
+class Factorize(Part):
+    """Put products of thin layers in the place of wide ones; the share that stays is of what the student has then."""
+
+    keep: Keep | None = Field(default=None, description="a mapping with macs, params, bytes or latency")
+    energy: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="a share between 0 and 1 of each layer's squared output, in place of keep"
+    )
+    by: Literal["loss", "sensitivity"] = Field(default="loss", description="loss or sensitivity")
+    method: Literal["auto", "channel", "spatial", "tucker2", "cp"] = Field(
+        default="auto", description="auto, channel, spatial, tucker2 or cp"
+    )
+    only: list[str] = Field(default=[], description=_LAYERS)
+    exclude: list[str] = Field(default=[], description=_LAYERS)
+    round_to: Count = Field(default=1, description=_AT_LEAST_ONE)
+    samples: Annotated[int, Field(ge=0)] = Field(default=512, description="a whole number; 0 for the weights alone")
+
+
 class Quantize(Part):
     """Store weights as integers."""
 
@@ -242,6 +260,7 @@ class Stage(Part):
     finetune: Fit | None = Field(default=None, description="a mapping with epochs, …")
     sparsify: Sparsify | None = Field(default=None, description="a mapping with sparsity, pattern, …")
     share: Share | None = Field(default=None, description="a mapping with clusters, codebook, …")
+    factorize: Factorize | None = Field(default=None, description="a mapping with keep or energy, …")
     quantize: Quantize | None = Field(default=None, description="a mapping with scheme, …")
     export: Export | None = Field(default=None, description="a mapping with to")
     repeat: Repeat | None = Field(default=None, description="a mapping with times and stages")

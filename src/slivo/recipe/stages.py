@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slivo import edits
 from slivo.export import onnx
+from slivo.factorize import factorize
 from slivo.graph.copies import duplicate
-from slivo.measure import quality
-from slivo.prune import permute, sparsify, sparsity
+from slivo.measure import clock, quality
+from slivo.prune import Budget, permute, sparsify, sparsity
 from slivo.quantize import quantize
-from slivo.recipe.cuts import run_prune
+from slivo.recipe.cuts import first, run_prune
 from slivo.recipe.models import made
 from slivo.recipe.plan import Step
-from slivo.recipe.schema import Distill, Fit, Quantize, Share, Sparsify, Teacher
+from slivo.recipe.schema import Distill, Factorize, Fit, Quantize, Share, Sparsify, Teacher
 from slivo.recipe.work import Details, Outcome, Work, data, distilled, fitted, samples, weighing
 from slivo.share import share
 
@@ -93,6 +95,29 @@ def run_share(work: Work, step: Step) -> Outcome:
     return Outcome(share(work.student, **said, **weighed), details, [])
 
 
+def run_factorize(work: Work, step: Step) -> Outcome:
+    """Put products of thin layers in the place of the student's wide ones."""
+    part, task = step.part, work.task
+    assert isinstance(part, Factorize)
+    keep = None if part.keep is None else Budget(**part.keep.model_dump())
+    student = factorize(
+        work.student,
+        task.example_inputs,
+        keep=keep,
+        energy=part.energy,
+        by=part.by,
+        method=part.method,
+        only=part.only,
+        exclude=part.exclude,
+        round_to=part.round_to,
+        batches=[task.inputs(batch) for batch in samples(work, part.samples)] if part.samples else None,
+        timer=clock(tuple(first(value) for value in task.example_inputs)) if keep is not None and keep.timed else None,
+    )
+    made = edits.record(student)[-1]
+    assert isinstance(made, edits.Factorize)
+    return Outcome(student, {"layers": len(made.modules), "left": len(made.left), "method": part.method}, [])
+
+
 def run_quantize(work: Work, step: Step) -> Outcome:
     """Turn the student's weights into integers."""
     part = step.part
@@ -125,6 +150,7 @@ STAGES: Mapping[str, Callable[[Work, Step], Outcome]] = {
     "finetune": run_finetune,
     "sparsify": run_sparsify,
     "share": run_share,
+    "factorize": run_factorize,
     "quantize": run_quantize,
     "export": run_export,
 }
