@@ -190,3 +190,14 @@ def test_a_quantized_layer_looks_like_the_layer():
     assert new.weight.shape == layer.weight.shape
     assert new(torch.ones(1, 4, 5, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert "[6, 4, 3, 3], weight=7 bits, activation=8 bits, output=8 bits" in repr(new)
+
+
+def test_encoders_of_pytorch_run_without_gradients_too():
+    torch.manual_seed(0)
+    net, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 3, 8)
+    spans = {"linear1": Ranges((-4.0, 4.0)), "linear2": Ranges((0.0, 4.0))}
+    new = edits.apply(net, Quantize(dict.fromkeys(spans, STATIC), {}, spans)).eval()
+    with torch.no_grad():  # where PyTorch would take its fused layer, which reads weights
+        fast = new(x)
+    torch.testing.assert_close(fast, new(x).detach())
+    torch.testing.assert_close(fast, net(x).detach(), atol=0.1, rtol=0)

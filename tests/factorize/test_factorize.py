@@ -493,6 +493,7 @@ class Strange(nn.Module):
         self.grouped = nn.Conv1d(16, 16, 1, groups=2)
         self.back = nn.ConvTranspose1d(16, 16, 1)
         self.complex = nn.Linear(2, 2, dtype=torch.complex64)
+        self.recurrent, self.table = nn.GRU(16, 16), nn.Embedding(3, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.twin(self.tied(self.plain(input=x)))
@@ -518,6 +519,7 @@ def test_what_cannot_be_factorized_is_left_and_says_why(caplog: pytest.LogCaptur
         "grouped": "it has groups",
         "back": "it is a ConvTranspose1d, and only Linear, Conv1d and Conv2d themselves are factorized",
         "complex": "its weight is of complex64",
+        "recurrent": "it is a GRU, and only Linear, Conv1d and Conv2d themselves are factorized",
     }
     assert "grouped stays as it is: it has groups" in caplog.text
     assert small(x).shape == (4, 16)

@@ -11,7 +11,7 @@ import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from slivo.edits.swap import swap_
+from slivo.edits.swap import swap_, unfuse_
 from slivo.errors import SlivoError
 
 _ = torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decomposed when it is imported
@@ -124,6 +124,7 @@ class Quantize:
             if layer is model:
                 return new
             swap_(model, layer, new)
+        unfuse_(model)
         return model
 
 

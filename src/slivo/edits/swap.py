@@ -42,7 +42,9 @@ def exchanged(model: nn.Module, pairs: Sequence[tuple[nn.Module, nn.Module]]) ->
 
 
 def unfuse_(model: nn.Module) -> None:
-    """Keep PyTorch's fused encoder layers from reading the weights of linear layers that are sequences now."""
+    """Keep PyTorch's fused encoder layers from reading the weights of linear layers that are something else now."""
     for each in model.modules():
-        if isinstance(each, nn.TransformerEncoderLayer) and nn.Sequential in map(type, each.children()):
-            each.activation_relu_or_gelu = 0
+        if isinstance(each, nn.TransformerEncoderLayer):
+            layers: tuple[nn.Module, ...] = (each.linear1, each.linear2)
+            if not all(isinstance(layer, nn.Linear) for layer in layers):
+                each.activation_relu_or_gelu = 0

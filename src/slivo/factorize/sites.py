@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from slivo.edits.factorize import FACTORIZABLE, Factors, Kind, Layer
@@ -139,7 +140,9 @@ def few(names: Sequence[str]) -> str:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (*FACTORIZABLE, nn.Conv3d, QuantizedLayer, nn.modules.conv._ConvTransposeNd))
+    """Tell modules that a reader would take for layers with a matrix, whether they can be factorized or not."""
+    weight = getattr(module, "weight", None) if not isinstance(module, nn.Embedding | nn.EmbeddingBag) else None
+    return isinstance(module, nn.RNNBase | QuantizedLayer) or (isinstance(weight, torch.Tensor) and weight.dim() > 1)
 
 
 def _reason(layer: nn.Module, owners: Mapping[int, int]) -> str:
