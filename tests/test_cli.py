@@ -219,6 +219,38 @@ def test_an_artifact_is_exported(call: Call, artifact: Path) -> None:
     assert Path("net.onnx").stat().st_size > 0
 
 
+def test_an_artifact_is_packed_shown_and_unpacked(call: Call, artifact: Path) -> None:
+    code, out, _ = call("pack", artifact, "net.slivo")
+    assert code == 0
+    for text in ("first.0.weight", "float32", "8×12", "dense", "header", "whole file", "bits each", "net.slivo: "):
+        assert text in out
+    assert f" {Path('net.slivo').stat().st_size} " in out
+    assert call("unpack", "net.slivo") == (0, out, "")
+    assert call("unpack", "net.slivo", "again") == (0, "again\n", "")
+    for name in ("slivo.json", "model.safetensors"):
+        assert Path("again", name).read_bytes() == (artifact / name).read_bytes()
+    assert call("pack", "again")[0] == 0
+    assert Path("again.slivo").read_bytes() == Path("net.slivo").read_bytes()
+
+
+def test_a_packed_file_is_taken_for_an_artifact(call: Call, artifact: Path) -> None:
+    call("pack", artifact, "net.slivo")
+    code, out, _ = call("inspect", "net.slivo")
+    assert code == 0
+    assert "MACs that can be reached" in out
+    assert call("export", "net.slivo", "--out", "net.onnx") == (0, "net.onnx\n", "")
+    assert call("run", written({**SHORT, "teacher": {"model": "net.slivo"}}), "--quiet")[0] == 0
+    file = Path("net.slivo")
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    for command in (("inspect", "net.slivo"), ("unpack", "net.slivo", "out")):
+        code, out, err = call(*command)
+        assert (code, out) == (1, "")
+        assert "net.slivo: " in err
+        assert " is damaged: " in err
+        assert "; restore the file from a copy" in err
+        assert len(err.splitlines()) == 1
+
+
 def test_what_there_is_comes_from_the_code(call: Call) -> None:
     assert "taylor" in call("criteria")[1]
     assert "temperature: float = 4.0" in call("losses")[1]

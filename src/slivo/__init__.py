@@ -15,7 +15,7 @@ from slivo.errors import ArtifactError, CaptureError, OutputError, RecipeError, 
 
 if TYPE_CHECKING:
     from slivo import losses
-    from slivo.artifact import load, save
+    from slivo.artifact import load, pack, save, unpack
     from slivo.distill import distill
     from slivo.factorize import factorize
     from slivo.graph import trace
@@ -43,12 +43,14 @@ __all__ = [
     "inspect",
     "load",
     "losses",
+    "pack",
     "prune",
     "quantize",
     "save",
     "share",
     "sparsify",
     "trace",
+    "unpack",
 ]
 
 # Where each public name lives. They are imported when first used, so that `slivo --help` need not wait for PyTorch.
@@ -60,12 +62,14 @@ _HOMES = {
     "factorize": "slivo.factorize",
     "inspect": "slivo.measure",
     "load": "slivo.artifact",
+    "pack": "slivo.artifact",
     "prune": "slivo.prune",
     "quantize": "slivo.quantize",
     "save": "slivo.artifact",
     "share": "slivo.share",
     "sparsify": "slivo.prune",
     "trace": "slivo.graph",
+    "unpack": "slivo.artifact",
 }
 
 

@@ -52,7 +52,8 @@ Inputs = Annotated[
     ),
 ]
 Model = Annotated[
-    str, typer.Argument(help="'package.module:callable', or the folder of an artifact.", show_default=False)
+    str,
+    typer.Argument(help="'package.module:callable', or an artifact: its folder or packed file.", show_default=False),
 ]
 
 
@@ -234,7 +235,7 @@ def inspect(model: Model, args: Args = None, inputs: Inputs = None) -> None:
 
 @app.command()
 def export(
-    artifact: Annotated[Path, typer.Argument(help="The folder of an artifact.", show_default=False)],
+    artifact: Annotated[Path, typer.Argument(help="An artifact: its folder or packed file.", show_default=False)],
     to: Annotated[str, typer.Option(help="Format to write: onnx.")] = "onnx",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write.", show_default="the artifact's name + .onnx")
@@ -248,6 +249,39 @@ def export(
         raise typer.BadParameter(f"{to!r} is no format to export to; there is: onnx", param_hint="--to")
     network, example = _model(str(artifact), (), inputs or ())
     typer.echo(str(onnx.export(network, out or artifact.with_name(f"{artifact.name}.onnx"), example)))
+
+
+@app.command()
+def pack(
+    artifact: Annotated[Path, typer.Argument(help="The folder of an artifact.", show_default=False)],
+    file: Annotated[
+        Path | None, typer.Argument(help="File to write.", show_default="the artifact's name + .slivo")
+    ] = None,
+) -> None:
+    """Pack an artifact into one file without loss, each tensor in the codec that makes it smallest."""
+    import slivo
+    from slivo import console
+
+    console.packed(slivo.pack(artifact, file or artifact.with_name(f"{artifact.name}.slivo")))
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(help="A packed file.", show_default=False)],
+    artifact: Annotated[
+        Path | None, typer.Argument(help="Folder to write; without one, show what is in the file.", show_default=False)
+    ] = None,
+) -> None:
+    """Unpack a file into the folder of an artifact, or show what is in it."""
+    import slivo
+    from slivo import console
+    from slivo.artifact import PackedFile
+
+    if artifact is not None:
+        typer.echo(str(slivo.unpack(file, artifact)))
+    else:
+        with PackedFile(file) as opened:
+            console.packed(opened.packed)
 
 
 @app.command()
@@ -310,7 +344,7 @@ def _model(reference: str, args: Sequence[str], shapes: Sequence[str]) -> tuple[
     values = dict(_key_value(arg) for arg in args)
     network = made(named(reference, values), 0).eval()
     wanted = [_shape(text, _dtype(network)) for text in shapes]
-    if not wanted and Path(reference).is_dir():
+    if not wanted and Path(reference).exists():
         noted = artifact.read(reference)["meta"].get("inputs", ())
         wanted = [(tuple(each["shape"]), getattr(torch, each["dtype"])) for each in noted]
     if not wanted:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from slivo.artifact import Packed
 from slivo.graph import Graph
 from slivo.recipe.watch import Watch
 
@@ -229,6 +230,39 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence
     for row in rows:
         drawn.add_row(*(escape(cell) for cell in row))
     out().print(drawn)
+
+
+def packed(found: Packed) -> None:
+    """Print what is in a packed file: bytes, codec and bits for each tensor, and the whole."""
+    from slivo.report import text
+
+    rows = [
+        [each.name, each.dtype, "×".join(map(str, each.shape)), each.codec, str(each.dense_bytes),
+         str(each.packed_bytes), _times(each.dense_bytes, each.packed_bytes), f"{each.bits:.2f}"]
+        for each in found.tensors
+    ]  # fmt: skip
+    rows += [
+        ["header", "", "", "", "", str(found.header_bytes), "", ""],
+        [
+            "whole file",
+            "",
+            "",
+            "",
+            str(found.dense_bytes),
+            str(found.bytes),
+            text.times(found.ratio),
+            f"{found.bits:.2f}",
+        ],
+    ]
+    head = ("tensor", "dtype", "shape", "codec", "dense", "packed, bytes", "smaller", "bits each")
+    table(head, rows, right=(4, 5, 6, 7))
+    out().print(f"{found.path}: {text.size(found.bytes)}", markup=False)
+
+
+def _times(dense: int, packed: int) -> str:
+    from slivo.report import text
+
+    return text.times(dense / packed) if packed else ""
 
 
 def tree(graph: Graph) -> None:

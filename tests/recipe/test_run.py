@@ -139,7 +139,7 @@ def test_a_folder_that_is_taken_is_left_alone(tmp_path: Path) -> None:
         ({"teacher": {"model": "toys:nets"}}, RecipeError, "toys has no 'nets'"),
         ({"teacher": {"model": "toys:net", "args": {"wide": 3}}}, RecipeError, "toys:net cannot be called with"),
         ({"teacher": {"model": "toys:task"}}, RecipeError, "toys:task returned Task, not a torch.nn.Module"),
-        ({"teacher": {"model": "net.pt"}}, RecipeError, "'net.pt' is no folder, and not of the form"),
+        ({"teacher": {"model": "net.pt"}}, RecipeError, "'net.pt' is no artifact, and not of the form"),
         ({"student": {"model": "toys:nothing"}}, RecipeError, "toys has no 'nothing'"),
         ({"task": {"kind": "image-classification", "data": "toys:other_task"}}, ShapeError, r"\(2, 5\) .* expects 12"),
         ({"target": {"macs": 0.001}}, TargetError, "the budget cannot be met: MACs .* is the least"),

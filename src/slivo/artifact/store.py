@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slivo import edits
+from slivo.artifact.container import PackedFile, compact
 from slivo.errors import ArtifactError
 from slivo.files import sync
 from slivo.graph.capture import canonical_names
@@ -67,29 +68,42 @@ def save(
         True
     """
     path = Path(path)
-    if path.exists() and not (path / MANIFEST).is_file():
-        raise ArtifactError(f"{path} exists and is no slivo artifact; give another folder, or remove it first")
+    write_folder(path, *describe(model, factory=factory, args=args, meta=meta))
+    return path
+
+
+def describe(
+    model: nn.Module, *, factory: str | None, args: Mapping[str, Any] | None, meta: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what an artifact of the model says, and its tensors, tied ones once; arguments as those of `save`."""
     names = canonical_names(model)
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in _named_tensors(model) if names[name] == name
     }
+    manifest = {
+        "format": FORMAT,
+        "factory": factory,
+        "args": dict(args or {}),
+        "edits": edits.to_json(edits.record(model)),
+        "tied": {name: first for name, first in names.items() if name != first},
+        "meta": dict(meta or {}),
+    }
+    return manifest, tensors
+
+
+def write_folder(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an artifact's folder, whole or not at all."""
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise ArtifactError(f"{path} exists and is no slivo artifact; give another folder, or remove it first")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
     try:
-        save_file(tensors, temporary / TENSORS)
-        manifest = {
-            "format": FORMAT,
-            "factory": factory,
-            "args": dict(args or {}),
-            "edits": edits.to_json(edits.record(model)),
-            "tied": {name: first for name, first in names.items() if name != first},
-            "meta": dict(meta or {}),
-            "tensors_sha256": _sha256((temporary / TENSORS).read_bytes()),
-        }
-        (temporary / MANIFEST).write_text(_seal(manifest), encoding="utf-8")
+        save_file(dict(tensors), temporary / TENSORS)
+        seal = _sha256((temporary / TENSORS).read_bytes())
+        (temporary / MANIFEST).write_text(_seal({**manifest, "tensors_sha256": seal}), encoding="utf-8")
         for file in (temporary / TENSORS, temporary / MANIFEST):
             sync(file)
         _replace(temporary, path)
@@ -97,14 +111,13 @@ def save(
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return path
 
 
 def load(path: str | os.PathLike[str], *, factory: Factory | None = None) -> nn.Module:
     """Load a model: make its base, replay its edits without allocating, and fill in the tensors.
 
     Args:
-        path: A folder that `save` wrote.
+        path: A folder that `save` wrote, or a file that `pack` wrote.
         factory: Makes the model that the edits start from; called with the saved arguments. Default: the factory
             that the artifact names.
 
@@ -124,7 +137,7 @@ def load(path: str | os.PathLike[str], *, factory: Factory | None = None) -> nn.
         Linear(in_features=3, out_features=2, bias=True)
     """
     path = Path(path)
-    manifest = read(path)
+    manifest, tensors = contents(path)
     if factory is None:
         if manifest["factory"] is None:
             raise ArtifactError(f"{path} does not name a factory; call load(path, factory=...) with one")
@@ -137,25 +150,33 @@ def load(path: str | os.PathLike[str], *, factory: Factory | None = None) -> nn.
         raise
     except Exception as error:
         raise ArtifactError(f"{path}: its edits do not fit the model that the factory makes: {error}") from error
-    _fill(model, load_file(path / TENSORS), manifest["tied"], path)
+    _fill(model, tensors, manifest["tied"], path)
     return model.eval()
 
 
+def contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what an artifact says, and its tensors, all of it checked for damage; a folder or a packed file."""
+    if path.is_file():
+        with PackedFile(path) as packed:
+            _understood(packed.manifest, path)
+            return packed.manifest, {name: packed.tensor(name) for name in packed}
+    return read(path), load_file(path / TENSORS)
+
+
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return an artifact's manifest once the whole artifact has been checked for damage.
+    """Return an artifact's manifest once the whole artifact has been checked for damage; a folder or a packed file.
 
     Raises:
         ArtifactError: Names the file that is missing, damaged or newer than this version.
     """
     path = Path(path)
+    if path.is_file():
+        return contents(path)[0]
     for name in (MANIFEST, TENSORS):
         if not (path / name).is_file():
             raise ArtifactError(f"{path} is no slivo artifact: it has no {name}")
     manifest = _unseal(path / MANIFEST)
-    if not isinstance(manifest["format"], int) or manifest["format"] > FORMAT:
-        raise ArtifactError(
-            f"{path} has format {manifest['format']}; this version reads up to {FORMAT}: upgrade slivo to read it"
-        )
+    _understood(manifest, path)
     if _sha256((path / TENSORS).read_bytes()) != manifest["tensors_sha256"]:
         raise ArtifactError(f"{path / TENSORS} is damaged: its checksum differs; restore it from a copy")
     try:
@@ -176,8 +197,11 @@ def verify(path: str | os.PathLike[str]) -> None:
 
 
 def size_bytes(path: str | os.PathLike[str]) -> int:
-    """Return the bytes of all files of an artifact."""
-    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+    """Return the bytes of all files of an artifact, or of a packed file."""
+    path = Path(path)
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def resolve(reference: str) -> Factory:
@@ -209,6 +233,13 @@ def resolve(reference: str) -> Factory:
         raise ArtifactError(f"model {reference!r}: it is a {type(found).__name__}, not a callable")
     factory: Factory = found
     return factory
+
+
+def _understood(manifest: Mapping[str, Any], path: Path) -> None:
+    if not isinstance(manifest["format"], int) or manifest["format"] > FORMAT:
+        raise ArtifactError(
+            f"{path} has format {manifest['format']}; this version reads up to {FORMAT}: upgrade slivo to read it"
+        )
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -261,17 +292,14 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: Mapping[str, str],
 
 def _seal(manifest: Mapping[str, Any]) -> str:
     """Write a manifest with the checksum of its own contents."""
-    try:
-        body = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    except TypeError as error:
-        raise ArtifactError(f"args and meta must be JSON values: {error}") from error
+    body = compact(manifest)
     return json.dumps({"sha256": _sha256(body.encode()), "slivo": json.loads(body)}, separators=(",", ":"))
 
 
 def _unseal(file: Path) -> dict[str, Any]:
     try:
         sealed = json.loads(file.read_text(encoding="utf-8"))
-        body = json.dumps(sealed["slivo"], sort_keys=True, separators=(",", ":"))
+        body = compact(sealed["slivo"])
         intact = sealed["sha256"] == _sha256(body.encode())
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is damaged: it is not readable JSON; restore it from a copy") from error

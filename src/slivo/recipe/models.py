@@ -56,14 +56,14 @@ def named(reference: str, args: Mapping[str, Any]) -> Origin:
     """Return the origin of a network that a recipe names.
 
     Args:
-        reference: ``"package.module:callable"``, or the folder of an artifact.
+        reference: ``"package.module:callable"``, or an artifact: its folder or packed file.
         args: Keyword arguments of the callable.
 
     Raises:
         ArtifactError: If it does not import, or the folder is damaged or does not say how the network is made.
     """
     folder = Path(reference)
-    if folder.is_dir():
+    if folder.exists():
         manifest = artifact.read(folder)
         if manifest["factory"] is None:
             raise ArtifactError(
@@ -73,7 +73,7 @@ def named(reference: str, args: Mapping[str, Any]) -> Origin:
             raise ArtifactError(f"{folder} is an artifact and takes no args; it holds those it was made with")
         return Origin(lambda: artifact.load(folder), manifest["factory"], manifest["args"])
     if ":" not in reference:
-        raise ArtifactError(f"{reference!r} is no folder, and not of the form package.module:callable")
+        raise ArtifactError(f"{reference!r} is no artifact, and not of the form package.module:callable")
     factory = artifact.resolve(reference)
 
     def make() -> nn.Module:
