@@ -161,3 +161,17 @@ def test_ways_of_distilling_two_networks_are_compared(
     assert len({row["params"] for row in rows}) == 2
     assert capsys.readouterr().out.count("| mnist |") == 4
     sys.modules.pop("distill_keras")
+
+
+def test_packed_tensors_are_near_their_entropy(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "benchmarks/pack_speed.py", "--size", "256", "--repeats", "1", "--json", str(file)]
+    found = subprocess.run(command, cwd=ROOT, env=UNMEASURED, capture_output=True, text=True, timeout=300, check=False)
+    assert not found.stderr
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert len(content["rows"]) == 11
+    for row in content["rows"]:
+        least = row["bound_bits"] * 256 * 256 / 8
+        # The header is a few hundred bytes, and so are 32 values; a thousand are more.
+        assert least < row["bytes"] < 1.03 * least + (6000 if row["tensor"] == "1000 values" else 600)
+    assert [each["coding"] for each in content["coders"]] == ["ans", "zstd"]

@@ -30,7 +30,7 @@ def words(draw: st.DrawFn) -> np.ndarray:
     return np.asarray(np.where(kept, found, 0), f"u{width}")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(words(), st.booleans())
 def test_tensors_come_back_bit_by_bit(found: np.ndarray, floating: bool) -> None:
     flat = found.reshape(-1)
@@ -40,7 +40,7 @@ def test_tensors_come_back_bit_by_bit(found: np.ndarray, floating: bool) -> None
     assert np.array_equal(again, flat)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(words(), st.data())
 def test_every_plan_that_fits_is_right(found: np.ndarray, data: st.DataObject) -> None:
     dim = data.draw(st.integers(0, max(0, found.ndim - 1)))

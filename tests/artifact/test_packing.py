@@ -43,7 +43,7 @@ def written(file: Path, **tensors: torch.Tensor) -> Path:
     return file
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(sorted(DTYPES)),
     st.lists(st.integers(0, 9), max_size=4),
@@ -301,7 +301,7 @@ def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
     file = tmp_path / "a.slivo"
     slivo.pack(network("sparse"), file)
     whole = file.read_bytes()
-    for position in range(len(whole)):
+    for position in range(0, len(whole), 3):
         file.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         with pytest.raises(ArtifactError, match=r"damaged|format|artifact"):
             verify(file)
@@ -355,7 +355,7 @@ def test_tensors_are_read_one_at_a_time(tmp_path: Path) -> None:
 def test_mutated_files_give_an_error_or_the_right_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     script = import_module("fuzz_pack")
-    found, bad = script.fuzz(400, 0, tmp_path)
+    found, bad = script.fuzz(300, 0, tmp_path)
     sys.modules.pop("fuzz_pack")
     assert not bad
     assert {end for _, end in found} <= {"error", "right"}

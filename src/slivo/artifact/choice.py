@@ -87,9 +87,7 @@ def _positions(laid: Words, shape: Sequence[int], dim: int) -> Iterator[tuple[fl
     filled = laid != 0
     yield estimate(np.bincount(np.packbits(filled), minlength=256)), "mask", ()
     places = np.flatnonzero(filled)
-    counts = np.bincount(np.diff(places, prepend=-1) - 1)
-    lengths = np.flatnonzero(counts)
-    counts = counts[lengths]
+    lengths, counts = np.unique(np.diff(places, prepend=-1) - 1, return_counts=True)
     for most in _GAPS:
         symbols = np.bincount(lengths % most, counts, most + 1)
         symbols[most] = (lengths // most * counts).sum()

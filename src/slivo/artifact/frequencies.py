@@ -21,8 +21,8 @@ _ABSENT, _ESCAPE = 14, 15
 def measure(counts: NDArray[np.int64]) -> Table:
     """Round the shares of symbols to quarters of a power of two.
 
-    A share is off by up to ±9 %, hence a code by at most 0.005 bits a symbol, and by 0.002 bits for shares as they
-    come: with relative errors δ, the divergence is E[δ²] / (2 ln 2).
+    A share is off by up to ±9 %, which costs at most 0.006 bits a symbol, and 0.002 bits for shares as they come: with
+    relative errors δ, the divergence is about E[δ²] / (2 ln 2).
 
     Args:
         counts: How often each symbol occurs.
