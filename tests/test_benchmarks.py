@@ -172,6 +172,7 @@ def test_packed_tensors_are_near_their_entropy(tmp_path: Path) -> None:
     assert len(content["rows"]) == 11
     for row in content["rows"]:
         least = row["bound_bits"] * 256 * 256 / 8
-        # The header is a few hundred bytes, and so are 32 values; a thousand are more.
-        assert least < row["bytes"] < 1.03 * least + (6000 if row["tensor"] == "1000 values" else 600)
+        # The header is a few hundred bytes, and so are 32 values. A thousand are more, and their indices' two bytes
+        # share the Huffman codes of one block where there are so few.
+        assert least < row["bytes"] < (1.3 if row["tensor"] == "1000 values" else 1.03) * least + 600
     assert [each["coding"] for each in content["coders"]] == ["ans", "zstd"]
