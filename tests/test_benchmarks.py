@@ -176,3 +176,31 @@ def test_packed_tensors_are_near_their_entropy(tmp_path: Path) -> None:
         # share the Huffman codes of one block where there are so few.
         assert least < row["bytes"] < (1.3 if row["tensor"] == "1000 values" else 1.03) * least + 600
     assert [each["coding"] for each in content["coders"]] == ["ans", "zstd"]
+
+
+def test_networks_are_pruned_shared_and_packed(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (1100, 28, 28), dtype=np.uint8)
+    labels = np.arange(1100, dtype=np.uint8) % 10
+    np.savez(
+        tmp_path / "mnist.npz",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:50],
+        test_labels=labels[:50],
+    )
+    file = tmp_path / "rows.json"
+    command = [
+        sys.executable, "-W", "ignore", "benchmarks/deep_compression.py", "--data", str(tmp_path), "--seeds", "0",
+        "--network", "lenet-300-100", "--train", "256", "--held-out", "500", "--dense-epochs", "1", "--epochs", "1",
+        "--share-epochs", "1", "--checkpoint", str(tmp_path / "runs"), "--json", str(file),
+    ]  # fmt: skip
+    for _ in range(2):  # the second goes on from the first's folder
+        found = subprocess.run(
+            command, cwd=ROOT, env=UNMEASURED, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert found.returncode == 0, found.stderr
+    (row,) = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert row["bytes"] == (tmp_path / "runs" / "lenet-300-100-0" / "small.slivo").stat().st_size
+    assert row["sparsity"] == pytest.approx(0.945, abs=1e-4)
+    assert row["ratio"] > 60
+    assert "| lenet-300-100 |" in found.stdout
