@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,7 +23,7 @@ from slivo.distill.schedule import Ramp, now
 from slivo.distill.taps import tap
 from slivo.distill.terms import Place, Term, plan
 from slivo.errors import RecipeError, ShapeError, SlivoError
-from slivo.graph.capture import evaluating
+from slivo.graph.capture import evaluating, trying
 
 Batch = Any
 Plan = Mapping[str, tuple[Term, Place]]
@@ -185,11 +186,30 @@ class Distillation:
         with evaluating(student):
             if any("adapter" in term.supplied for term in self.terms):
                 self._adapt(student, batch, seed)
-            with torch.enable_grad():
-                parts, found = self._raw(student, batch)
-                norms = balance.gradient_norms(parts, student)
+        norms, found = self._norms(student, batch, seed)
         self._balance(norms, found)
         return self
+
+    def _norms(self, student: nn.Module, batch: Batch, seed: int) -> tuple[dict[str, float], Plan]:
+        """Return the lengths of the terms' gradients, as they are when the training begins.
+
+        With the batch's own statistics, that is: those that batch norms hold may be of nothing yet, or of another
+        network.
+        """
+        try:
+            return self._measured(student, batch, seed, training=True)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):  # so say batch norms of one sample
+                raise
+            return self._measured(student, batch, seed, training=False)
+
+    def _measured(
+        self, student: nn.Module, batch: Batch, seed: int, *, training: bool
+    ) -> tuple[dict[str, float], Plan]:
+        with trying(student, training=training), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(seed)
+            parts, found = self._raw(student, batch)
+            return balance.gradient_norms(parts, student), found
 
     def parameters(self) -> list[Parameter]:
         """Return the adapters' parameters, which must be trained along; they are no part of the student."""
@@ -329,8 +349,11 @@ class Distillation:
         shares = {name: weight * norms[name] for name, weight in given.items()}
         # Where no weight is given, the first term is as it is, and the others are made as long.
         longest = sum(shares.values()) or next((value for value in norms.values() if value > 0), 1.0)
+        places = Counter(id(term) for term, _ in found.values())
         for name in norms.keys() - given.keys():
-            self.weights[name] = longest / norms[name] if norms[name] > 0 else 1.0
+            # A loss at many places weighs as much as at one.
+            share = longest / places[id(found[name][0])]
+            self.weights[name] = share / norms[name] if norms[name] > 0 else 1.0
             shares[name] = self.weights[name] * norms[name]
         if self.weights:
             _log.info(

@@ -178,15 +178,15 @@ def evaluating(model: nn.Module, *, training: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def trying(model: nn.Module) -> Iterator[None]:
-    """Have a model evaluate without gradients, and its buffers be as before afterwards, whatever its code does."""
+def trying(model: nn.Module, *, training: bool = False) -> Iterator[None]:
+    """Have a model evaluate (or train) without gradients, and its buffers be as before afterwards, whatever it does."""
     kept = [
         (module._buffers, name, buffer, None if buffer.is_meta else buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    with evaluating(model), torch.no_grad():
+    with evaluating(model, training=training), torch.no_grad():
         try:
             yield
         finally:
