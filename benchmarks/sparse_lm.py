@@ -205,8 +205,9 @@ WIDTHS: dict[str, tuple[list[str], Any]] = {
 """Axes that are cut together. Of two heads in a group no share between a half and one can be kept of all alike."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(about: str | None) -> argparse.ArgumentParser:
+    """Return what a script on this model can be told."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--text", default="tinyshakespeare.txt")
     parser.add_argument("--width", type=int, default=160)
@@ -219,8 +220,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="file of the trained weights: written if it is not there, or read")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    start = time.perf_counter()
+    return parser
+
+
+def prepare(options: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return the trained model, and windows of text that it has not seen, and that it has."""
     torch.manual_seed(options.seed)
     text = torch.frombuffer(bytearray((options.data / options.text).read_bytes()), dtype=torch.uint8).long()
     first = len(text) * 9 // 10
@@ -232,9 +236,19 @@ def main() -> None:
         train(model, text[:first], options.steps, options.length, options.batch)
         if options.keep is not None:
             torch.save(model.state_dict(), options.keep)
-    held = windows(text[first:], options.length)[: options.held_out]
-    seen = windows(text[:first], options.length)
-    calibration = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))[: options.samples]]
+    return model, windows(text[first:], options.length)[: options.held_out], windows(text[:first], options.length)
+
+
+def sample(seen: Tensor, count: int, seed: int) -> Tensor:
+    """Choose windows to calibrate on."""
+    return seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    start = time.perf_counter()
+    model, held, seen = prepare(options)
+    calibration = sample(seen, options.samples, 0)
     dense = perplexity(model, held)
     params = sum(each.numel() for each in model.parameters())
     print(f"dense: {params:,} parameters, perplexity {dense:.4f}; {time.perf_counter() - start:.0f} s", flush=True)

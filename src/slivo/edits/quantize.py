@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.ao.quantization.fx._decomposed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from slivo.edits import uniform
 from slivo.edits.swap import swap_, unfuse_
+from slivo.edits.uniform import Coded, Grid
 from slivo.errors import SlivoError
 
 _ = torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decomposed when it is imported
@@ -27,9 +29,6 @@ _OPERATIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 
 _INT32 = 2**31 - 128
 """The greatest float32 that an int32 holds."""
-
-_LEAST = 1e-16
-"""The least scale; products of two are still exact numbers in float32."""
 
 QUANTIZABLE = tuple(_OPERATIONS)
 """The layers that `Quantize` can take; exactly these classes, because a subclass may compute something else."""
@@ -54,16 +53,41 @@ class QuantSpec:
     """How one layer is quantized.
 
     Args:
-        weight_bits: Width of the weight's signed, symmetric codes, 2-8; they are stored as int8.
+        weight_bits: Width of the weight's codes, 2-8.
         weight_axis: 0 for one scale an output channel, None for one scale a tensor.
         activation: How the layer's input is rounded; None leaves it in floating point.
         output: How the layer's output is rounded; None leaves it in floating point.
+        group_size: How many consecutive weights of an output channel have a scale for themselves; None for all.
+        symmetric: Whether codes are signed and zero is 0; otherwise they are unsigned, with zero points.
+        packed: Whether codes are stored bit behind bit; otherwise one a byte, as integer kernels read them.
+        divided: Whether inputs are divided, channel by channel, before they meet the weight, which is larger there.
     """
 
     weight_bits: int = 8
     weight_axis: int | None = 0
     activation: ActivationSpec | None = None
     output: ActivationSpec | None = None
+    group_size: int | None = None
+    symmetric: bool = True
+    packed: bool = False
+    divided: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation is not None and not self.plain:
+            raise SlivoError(
+                f"{self} makes no sense; integer kernels read plain codes, with a scale a channel or tensor"
+            )
+
+    @property
+    def grid(self) -> Grid:
+        """Which numbers the weight's codes say."""
+        whole: Literal["channel", "tensor"] = "tensor" if self.weight_axis is None else "channel"
+        return Grid(self.weight_bits, self.symmetric, self.group_size or whole)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the codes are what integer kernels read: one a byte, signed, with a scale a channel or a tensor."""
+        return self.symmetric and not self.packed and self.group_size is None
 
 
 @dataclass(frozen=True)
@@ -83,6 +107,7 @@ class Quantize:
         folded: For each batch norm (qualified name) the layer that takes it in.
         ranges: Calibrated ranges of the layers' activations. Needed once; they end up in the model's tensors and are
             not part of the edit's JSON.
+        codes: The weights as codes, of layers whose codes are not the nearest ones. Needed once, as the ranges.
 
     Example:
         >>> edit = Quantize({"0": QuantSpec(weight_bits=8)})
@@ -97,6 +122,7 @@ class Quantize:
     modules: Mapping[str, QuantSpec]
     folded: Mapping[str, str] = field(default_factory=dict)
     ranges: Mapping[str, Ranges] = field(default_factory=dict, compare=False, repr=False)
+    codes: Mapping[str, Coded] = field(default_factory=dict, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-ready data."""
@@ -107,8 +133,11 @@ class Quantize:
         """Rebuild the edit from `to_json`'s data."""
         modules = {}
         for name, spec in data["modules"].items():
-            rounded = {role: _activation(spec.get(role)) for role in ("activation", "output")}
-            modules[name] = QuantSpec(spec["weight_bits"], spec["weight_axis"], **rounded)
+            newer: dict[str, Any] = {
+                key: spec[key] for key in ("group_size", "symmetric", "packed", "divided") if key in spec
+            }
+            activation, output = (_activation(spec.get(role)) for role in ("activation", "output"))
+            modules[name] = QuantSpec(spec["weight_bits"], spec["weight_axis"], activation, output, **newer)
         return cls(modules, dict(data.get("folded", {})))
 
     def apply_(self, model: nn.Module) -> nn.Module:
@@ -119,7 +148,7 @@ class Quantize:
             swap_(model, old, nn.Identity())
         for name, spec in self.modules.items():
             layer = _layer(model, name)
-            new = QuantizedLayer(layer, spec, self.ranges.get(name, Ranges()))
+            new = QuantizedLayer(layer, spec, self.ranges.get(name, Ranges()), self.codes.get(name))
             new.train(layer.training)
             if layer is model:
                 return new
@@ -138,19 +167,28 @@ class QuantizedLayer(nn.Module):
         layer: The layer to replace; an instance of one of `QUANTIZABLE`.
         spec: How.
         ranges: The ranges of its activations, where ``spec`` rounds them.
+        coded: Its weight as codes; None for the nearest ones.
+
+    Attributes:
+        weight_codes: As they are stored: of the weight's shape, or packed (`slivo.edits.uniform.pack`).
+        weight_scale: Shape (outputs,) or (1,); of groups (outputs, groups), bfloat16.
+        weight_zero_point: Where codes are not symmetric, as many as scales; packed as the codes are.
+        input_divisor: Where inputs are divided, shape (input channels,), bfloat16.
     """
 
     weight_codes: Tensor
     weight_scale: Tensor
+    weight_zero_point: Tensor
+    input_divisor: Tensor
     bias: Tensor | None
     input_scale: Tensor
     input_zero_point: Tensor
     output_scale: Tensor
     output_zero_point: Tensor
 
-    def __init__(self, layer: Layer, spec: QuantSpec, ranges: Ranges) -> None:
+    def __init__(self, layer: Layer, spec: QuantSpec, ranges: Ranges, coded: Coded | None = None) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.weight_shape = spec, layer.weight.shape
         self.operation = _OPERATIONS[type(layer)]
         for name in layer.__constants__:  # sizes, strides and the like, which other modules may read
             setattr(self, name, getattr(layer, name))
@@ -165,19 +203,48 @@ class QuantizedLayer(nn.Module):
                 device = weight.device
                 self.register_buffer(f"{role}_scale", torch.tensor(step, device=device))
                 self.register_buffer(f"{role}_zero_point", torch.tensor(zero_point, dtype=torch.uint8, device=device))
-        floor = None
-        if spec.activation is not None and bias is not None:
-            floor = bias.abs() / self.input_scale / _INT32
-            floor = floor if spec.weight_axis is not None else floor.amax().reshape(1)
-        codes, scale = encode(weight, spec.weight_bits, per_channel=spec.weight_axis is not None, floor=floor)
-        self.register_buffer("weight_codes", codes)
-        self.register_buffer("weight_scale", scale)
+        if coded is None:
+            floor = None
+            if spec.activation is not None and bias is not None:
+                floor = (bias.abs() / self.input_scale / _INT32)[:, None]
+                floor = floor if spec.weight_axis is not None else floor.amax().reshape(1, 1)
+            coded = uniform.encode(weight, spec.grid, floor=floor)
+        self._store(coded, layer)
         self.register_buffer("bias", None if bias is None else self._encode_bias(bias))
+
+    def _store(self, coded: Coded, layer: Layer) -> None:
+        """Keep codes in the form that the spec says."""
+        spec, codes = self.spec, coded.codes
+        if spec.packed:
+            codes = uniform.pack(codes.short() - spec.grid.lowest, spec.weight_bits)
+        self.register_buffer("weight_codes", codes)
+        groups = spec.group_size is not None
+        self.register_buffer("weight_scale", coded.scale.bfloat16() if groups else coded.scale.flatten().float())
+        if not spec.symmetric:
+            assert coded.zero_point is not None
+            zero_point = coded.zero_point
+            self.register_buffer(
+                "weight_zero_point", uniform.pack(zero_point, spec.weight_bits) if spec.packed else zero_point
+            )
+        if spec.divided:
+            size = layer.weight.shape[1] * getattr(layer, "groups", 1)
+            ones = torch.ones(size, dtype=torch.bfloat16, device=codes.device)
+            self.register_buffer("input_divisor", ones if coded.divisor is None else coded.divisor.bfloat16())
 
     @property
     def weight(self) -> Tensor:
         """The weight in floating point, as the codes say it."""
-        return _decode(self.weight_codes, self.weight_scale)
+        if self.spec.plain:
+            return _decode(self.weight_codes, self.weight_scale)
+        spec, grid, shape, codes = self.spec, self.spec.grid, self.weight_shape, self.weight_codes
+        scale = self.weight_scale if spec.group_size is not None else self.weight_scale[:, None]
+        zero_point = None if spec.symmetric else self.weight_zero_point
+        if spec.packed:
+            codes = uniform.unpack(codes, spec.weight_bits, shape.numel()).reshape(shape).float()
+            codes = codes + grid.lowest if spec.symmetric else codes
+            if zero_point is not None:
+                zero_point = uniform.unpack(zero_point, spec.weight_bits, scale.numel()).reshape(scale.shape)
+        return uniform.from_codes(codes, grid, scale, zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to a tensor of any floating-point type; it computes in float32."""
@@ -188,6 +255,8 @@ class QuantizedLayer(nn.Module):
             )
         dtype = x.dtype
         x, bias = x.float(), self.bias
+        if self.spec.divided:
+            x = x / self.input_divisor.float().reshape(-1, *[1] * (len(self.weight_shape) - 2))
         if self.spec.activation is not None:
             x = _round(x, self.input_scale, self.input_zero_point, self.spec.activation.bits)
             bias = None if bias is None else _decode(bias, self._bias_scale())
@@ -199,10 +268,12 @@ class QuantizedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Return shape and widths, for printing."""
         widths = [f"weight={self.spec.weight_bits} bits"]
+        if self.spec.group_size is not None:
+            widths.append(f"group_size={self.spec.group_size}")
         for role, rounded in (("activation", self.spec.activation), ("output", self.spec.output)):
             if rounded is not None:
                 widths.append(f"{role}={rounded.bits} bits")
-        return f"{list(self.weight_codes.shape)}, {', '.join(widths)}"
+        return f"{list(self.weight_shape)}, {', '.join(widths)}"
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.operation is F.linear:
@@ -221,47 +292,7 @@ class QuantizedLayer(nn.Module):
         return codes.clamp(-_INT32, _INT32).to(torch.int32)
 
     def _bias_scale(self) -> Tensor:
-        return (self.input_scale * self.weight_scale).expand(self.weight_codes.shape[0])
-
-
-def encode(
-    weight: Tensor, bits: int, *, per_channel: bool = True, floor: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Round a weight to signed, symmetric codes ``round(w / scale)``.
-
-    The scale is the one of least squared error among 0.5 to 1 times the scale that just covers the greatest entry:
-    a few clipped entries cost less than coarse steps for all.
-
-    Args:
-        weight: Shape (out, ...), float32.
-        bits: Width of the codes, 2-8; they run from ``-(2 ** (bits - 1) - 1)`` to its opposite.
-        per_channel: One scale for each entry of dimension 0, or one for the tensor.
-        floor: Least scales, of the scale's shape; those that a large bias next to tiny weights needs, for its codes
-            are counted in the weight's scale.
-
-    Returns:
-        Codes (int8, the weight's shape) and scale (float32, shape (out,) or (1,)).
-
-    Raises:
-        SlivoError: If the width is not 2-8.
-
-    Source: Nagel et al. 2021, arXiv:2106.08295, sections 2.2 and 3.1.
-
-    Example:
-        >>> encode(torch.tensor([[-1.0, 0.5]]), 8)[0]
-        tensor([[-127,   64]], dtype=torch.int8)
-    """
-    limit = 2 ** (_width(bits) - 1) - 1
-    rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
-    cover = (rows.abs().amax(1, keepdim=True) / limit).clamp(min=_LEAST)
-    scale, least = cover, torch.full_like(cover, torch.inf)
-    for factor in torch.linspace(1.0, 0.5, 26).tolist():
-        trial = cover * factor
-        error = (rows - (rows / trial).round().clamp(-limit, limit) * trial).square().sum(1, keepdim=True)
-        scale, least = torch.where(error < least, trial, scale), torch.minimum(error, least)
-    scale = scale if floor is None else torch.maximum(scale, floor[:, None])
-    codes = (rows / scale).round().clamp(-limit, limit).to(torch.int8)
-    return codes.reshape(weight.shape), scale.flatten()
+        return (self.input_scale * self.weight_scale).expand(self.weight_shape[0])
 
 
 def affine(span: tuple[float, float], bits: int) -> tuple[float, int]:
@@ -275,16 +306,10 @@ def affine(span: tuple[float, float], bits: int) -> tuple[float, int]:
         >>> affine((0.0, 51.0), 8)
         (0.2, 0)
     """
-    levels = 2 ** _width(bits) - 1
+    levels = 2 ** uniform.width(bits) - 1
     low, high = min(0.0, span[0]), max(0.0, span[1])
-    scale = max((high - low) / levels, _LEAST) if high > low else 1.0
+    scale = max((high - low) / levels, uniform.LEAST) if high > low else 1.0
     return scale, min(levels, max(0, round(-low / scale)))
-
-
-def _width(bits: int) -> int:
-    if not 2 <= bits <= 8:
-        raise SlivoError(f"{bits} bits are not possible; codes have 2 to 8 bits")
-    return bits
 
 
 def _round(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

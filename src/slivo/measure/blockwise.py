@@ -81,6 +81,22 @@ def part_of(tensor: str, parts: Iterable[str]) -> str | None:
     return next((part for part in parts if _within(tensor, [part])), None)
 
 
+def run_order(model: nn.Module, weights: Mapping[str, Tensor], parts: Mapping[str, str], call: Call) -> list[str]:
+    """Return the parts of which a run multiplies anything with weights, in the order in which it does so first.
+
+    Args:
+        model: In evaluation mode.
+        weights: The weights, by name.
+        parts: Of each the part that it belongs to.
+        call: The model's arguments; left untouched.
+    """
+    watch = Watch(weights, lambda activations: activations.new_zeros(activations.shape[0]), spread=False, stacks=True)
+    with running(model, watch):
+        args, kwargs = fresh(call)
+        model(*args, **kwargs)
+    return list(dict.fromkeys(parts[name.rpartition("[")[0]] for name in watch.found))
+
+
 def run_through(model: nn.Module, names: Sequence[str], call: Call) -> list[Part]:
     """Run a model once, and tell how its parts are run.
 

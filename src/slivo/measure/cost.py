@@ -54,14 +54,9 @@ def cost(model: nn.Module, example_inputs: ExampleInputs) -> Cost:
 
 def count_params(model: nn.Module) -> int:
     """Return the number of weights and biases, those of quantized layers included; tied ones count once."""
-    codes = {
-        id(tensor): tensor
-        for module in model.modules()
-        if isinstance(module, QuantizedLayer)
-        for tensor in (module.weight_codes, module.bias)
-        if tensor is not None
-    }
-    return sum(tensor.numel() for tensor in (*model.parameters(), *codes.values()))
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    codes = sum(each.weight_shape.numel() + (0 if each.bias is None else each.bias.numel()) for each in layers)
+    return sum(tensor.numel() for tensor in model.parameters()) + codes
 
 
 def count_macs(model: nn.Module, example_inputs: ExampleInputs) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from slivo.errors import SlivoError
+from slivo.measure.hessian import check_damping, inverse_factor
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def sparsegpt(weight: Tensor, gram: Tensor, zeros: Zeros, *, damping: float = 0.
         >>> sparsegpt(torch.tensor([[1.0, 2.0]]), gram, Zeros(0.5), damping=1e-9).round(decimals=6).tolist()
         [[0.0, 2.9000000953674316]]
     """
-    factor = _factor(gram, damping)
+    factor = inverse_factor(gram, damping)
     left, size = weight.to(gram.dtype, copy=True), weight.shape[1]
     gone = torch.zeros_like(left, dtype=torch.bool)
     step = columns // zeros.group * zeros.group if zeros.group is not None else columns
@@ -132,34 +132,13 @@ def sparsegpt(weight: Tensor, gram: Tensor, zeros: Zeros, *, damping: float = 0.
     return left.masked_fill_(gone, 0).to(weight.dtype)
 
 
-def _factor(gram: Tensor, damping: float) -> Tensor:
-    """Return the upper triangular U with H⁻¹ = UᵀU: row j holds what H⁻¹ of the columns from j on says of column j.
-
-    It is the inverse of R in H = RRᵀ, R upper triangular; read backwards, R is the Cholesky factor of H read so.
-    """
-    mean = gram.diagonal().mean()
-    mean = torch.where(mean > 0, mean, 1)  # inputs that are all dead
-    while True:
-        damped = gram.flip(0, 1)
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not bool(failed):
-            break
-        damping *= 10  # rounding is larger than a small damping
-    del damped  # matrices of this size are what memory is needed for
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return inverse.flip(0, 1)
-
-
 def check_options(damping: float, columns: int, zeros: Zeros) -> None:
     """Look whether the options of `sparsegpt` are in their ranges.
 
     Raises:
         SlivoError: If one is not.
     """
-    if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
-        raise SlivoError(f"damping is {damping!r}; a positive number, 0.01 adds a hundredth of the mean diagonal")
+    check_damping(damping)
     least = zeros.group or 1
     if isinstance(columns, bool) or not isinstance(columns, int) or columns < least:
         raise SlivoError(f"columns is {columns!r}; an int of at least {least}, 128 as in the paper")

@@ -19,8 +19,7 @@ from slivo.graph import Call
 from slivo.graph.capture import check_runs, trying
 from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
-from slivo.graph.inputs import fresh
-from slivo.measure.blockwise import Replay, part_of, repeated, run_through, running
+from slivo.measure.blockwise import Replay, part_of, repeated, run_order, run_through
 from slivo.measure.readers import Watch, grams, key, squares
 from slivo.options import calls_of, listed, matches, said
 from slivo.prune import layerwise
@@ -223,7 +222,12 @@ def _prune_(
 ) -> _Done:
     """Prune a model's weights in place, part by part in the order in which they run."""
     every = dict(model.named_parameters())
-    order = _order(model, {name: every[name] for name in chosen}, chosen, calls[0])
+    order = run_order(model, {name: every[name] for name in chosen}, chosen, calls[0])
+    if not order:
+        raise SlivoError(
+            f"no matrix product or convolution with {_few(list(chosen))} was seen on the first batch; remove "
+            "parametrizations and merge adapters first, and make weights contiguous"
+        )
     replay = Replay(model, run_through(model, order, calls[0]), calls, hold)
     done = _Done()
     for index, part in enumerate(order):
@@ -244,21 +248,6 @@ def _prune_(
             report(part, index + 1, len(order), {"sparsity": share})
     done.dense += [name for name, part in chosen.items() if part not in order]
     return done
-
-
-def _order(model: nn.Module, weights: Mapping[str, Tensor], chosen: Mapping[str, str], call: Call) -> list[str]:
-    """Return the parts in the order in which a run uses their weights."""
-    watch = Watch(weights, lambda activations: activations.new_zeros(activations.shape[0]), spread=False, stacks=True)
-    with running(model, watch):
-        args, kwargs = fresh(call)
-        model(*args, **kwargs)
-    found = list(dict.fromkeys(chosen[name.rpartition("[")[0]] for name in watch.found))
-    if not found:
-        raise SlivoError(
-            f"no matrix product or convolution with {_few(list(weights))} was seen on the first batch; remove "
-            "parametrizations and merge adapters first, and make weights contiguous"
-        )
-    return found
 
 
 def _written(rule: _Rule, name: str, weight: Tensor, dim: int) -> str:

@@ -1,5 +1,5 @@
 """Quantization: weights as integer codes, activations rounded to what integer kernels compute with."""
 
-from slivo.quantize.post import SCHEMES, quantize
+from slivo.quantize.post import SCHEMES, WEIGHTS, quantize
 
-__all__ = ["SCHEMES", "quantize"]
+__all__ = ["SCHEMES", "WEIGHTS", "quantize"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import nn
 
 from slivo import edits
 from slivo.edits.quantize import ActivationSpec, Quantize, QuantSpec, Ranges
+from slivo.edits.uniform import Sharing
 from slivo.errors import CaptureError, SlivoError
 from slivo.graph.capture import capture
 from slivo.quantize.calibrate import Site, best_range, calls, observe
 from slivo.quantize.plan import Plan, candidates, norms, plan
+from slivo.quantize.weights import Method, Weights, weight_only
 
 _log = logging.getLogger("slivo")
 
@@ -25,6 +28,11 @@ def quantize(
     *,
     batches: Iterable[Any],
     weight_bits: int | None = None,
+    group_size: Sharing | None = None,
+    symmetric: bool | None = None,
+    method: Method | None = None,
+    damping: float | None = None,
+    act_order: bool | None = None,
     exclude: Sequence[str] = (),
 ) -> nn.Module:
     """Return a model whose linear layers and convolutions hold integer codes.
@@ -35,12 +43,23 @@ def quantize(
     Args:
         model: The trained model; it is left untouched.
         scheme: ``int8-static`` rounds weights and activations, for integer kernels; ``int8-weights`` rounds the
-            weights alone: a quarter of the bytes, and the speed of floating point.
+            weights alone: a quarter of the bytes, and the speed of floating point; ``int4-weights`` an eighth, in
+            groups. Codes of fewer than eight bits are stored bit behind bit, and unpacked when they are used.
         batches: What the model is called with, some tens to hundreds of samples of the data it will see: tensors,
             tuples of positional arguments or mappings of keyword arguments. Ranges of activations come from them.
-        weight_bits: Width of the weights' codes, 2-8. Default: 8 for ``int8-weights``. 7 for ``int8-static``, because
+        weight_bits: Width of the weights' codes, 2-8. Default: that of the name. 7 for ``int8-static``, because
             integer kernels of x86 processors without VNNI add two products in 16 bits, which eight-bit weights
             overflow: results would be silently wrong there (not slightly: sums are cut off).
+        group_size: Of the schemes of weights alone: how many consecutive weights of an output have a scale for
+            themselves; the last group may be smaller. Or ``channel`` (default of ``int8-weights``), or ``tensor``.
+            ``int4-weights`` has 64: 16 bits of a scale for 256 of codes, and coarse steps where there is one outlier,
+            not in a whole row.
+        symmetric: Of the same: whether zero is the code 0 (default), or has one that is found, for weights that lean
+            to one side. Exact zeros stay exact zeros in both.
+        method: Of the same: ``round`` takes the nearest codes (default); ``gptq`` and ``awq`` those that change least
+            what each layer computes on the batches, see `slivo.quantize.gptq.gptq` and `slivo.quantize.awq.awq`.
+        damping: Of ``gptq``: what is added to the diagonal of XᵀX, as a share of its mean; 0.01 if None.
+        act_order: Of ``gptq``: whether inputs of most energy come first; so it is if None.
         exclude: Globs over module paths; what they match stays in floating point.
 
     Returns:
@@ -48,8 +67,8 @@ def quantize(
         export.
 
     Raises:
-        SlivoError: If the scheme is unknown, there are no batches, a glob matches nothing, or there is nothing to
-            quantize.
+        SlivoError: If the scheme is unknown, an option is out of its range or not one of the scheme, there are no
+            batches, a glob matches nothing, or there is nothing to quantize.
 
     Example:
         >>> import torch
@@ -60,6 +79,10 @@ def quantize(
     """
     if scheme not in SCHEMES:
         raise SlivoError(f"{scheme!r} is no scheme of quantization; there are {', '.join(SCHEMES)}")
+    given = {
+        "sharing": group_size, "symmetric": symmetric, "method": method, "damping": damping, "act_order": act_order,
+    }  # fmt: skip
+    how = _weights(scheme, {name: value for name, value in given.items() if value is not None}, weight_bits)
     calibration = list(batches)
     if not calibration:
         raise SlivoError("there are no batches to calibrate on; give at least one batch of real inputs")
@@ -69,7 +92,9 @@ def quantize(
             f"{type(model).__name__} has nothing to quantize: no linear layer or convolution with a weight of its "
             "own is called on the first batch, or all are excluded"
         )
-    return edits.apply(model, SCHEMES[scheme](model, found, calibration, weight_bits)).eval()
+    if how is not None:
+        return edits.apply(model, weight_only(model, found, calibration, how)).eval()
+    return edits.apply(model, ROUNDED[scheme](model, found, calibration, weight_bits)).eval()
 
 
 def int8_static(model: nn.Module, found: Plan, batches: Sequence[Any], weight_bits: int | None) -> Quantize:
@@ -94,17 +119,28 @@ def int8_static(model: nn.Module, found: Plan, batches: Sequence[Any], weight_bi
     return Quantize(specs, found.folded, ranges)
 
 
-def int8_weights(model: nn.Module, found: Plan, batches: Sequence[Any], weight_bits: int | None) -> Quantize:
-    """Weights as integers, decoded when they are used."""
-    del model, batches
-    bits = 8 if weight_bits is None else weight_bits
-    return Quantize({name: QuantSpec(bits) for name in found.layers}, found.folded)
-
-
-SCHEMES: Mapping[str, Callable[[nn.Module, Plan, Sequence[Any], int | None], Quantize]] = {
-    scheme.__name__.replace("_", "-"): scheme for scheme in (int8_static, int8_weights)
+ROUNDED: Mapping[str, Callable[[nn.Module, Plan, Sequence[Any], int | None], Quantize]] = {
+    scheme.__name__.replace("_", "-"): scheme for scheme in (int8_static,)
 }
-"""The schemes by name; a scheme is a function of the model, the plan, the batches and the width of weights."""
+"""The schemes that round activations, by name: functions of the model, the plan, the batches and the weights' width."""
+
+WEIGHTS: Mapping[str, Weights] = {"int8-weights": Weights(8), "int4-weights": Weights(4, 64)}
+"""The schemes of weights alone, by name, with their defaults."""
+
+SCHEMES = (*ROUNDED, *WEIGHTS)
+"""Names of the schemes."""
+
+
+def _weights(scheme: str, given: dict[str, Any], bits: int | None) -> Weights | None:
+    """Return how the weights are rounded if nothing else is, with what the caller gives in place of defaults."""
+    if scheme in WEIGHTS:
+        if bits is not None:
+            given["bits"] = bits
+        return replace(WEIGHTS[scheme], **given)
+    if given:
+        name = next(iter(given)).replace("sharing", "group_size")
+        raise SlivoError(f"{name} is an option of {', '.join(WEIGHTS)}; {scheme} has it not: leave it out")
+    return None
 
 
 def _plan(model: nn.Module, batch: Any, exclude: Sequence[str]) -> Plan:

@@ -9,7 +9,7 @@ from slivo.errors import RecipeError, SlivoError
 from slivo.prune import criteria
 from slivo.prune.sparse.choice import check_criterion
 from slivo.prune.sparse.masks import check_sparsity
-from slivo.quantize import SCHEMES
+from slivo.quantize import SCHEMES, WEIGHTS
 from slivo.recipe.cuts import PLANNED
 from slivo.recipe.lesson import on_sizes
 from slivo.recipe.schema import (
@@ -85,6 +85,10 @@ def _part(recipe: Recipe, path: Path, part: Part) -> Iterator[Problem]:
         yield from _prune(recipe, path, part)
     elif isinstance(part, Quantize) and part.scheme not in SCHEMES:
         yield (*path, "scheme"), unknown(part.scheme, list(SCHEMES), "one of")
+    elif isinstance(part, Quantize) and part.scheme not in WEIGHTS:
+        for name in ("group_size", "symmetric", "method"):
+            if getattr(part, name) is not None:
+                yield (*path, name), f"goes with {' or '.join(WEIGHTS)}; {part.scheme} has it not: leave it out"
     elif isinstance(part, Sparsify):
         yield from _sparsify(path, part)
     elif isinstance(part, Share) and part.codebook == "powers-of-two":

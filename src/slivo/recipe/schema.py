@@ -225,6 +225,14 @@ class Quantize(Part):
     """Store weights as integers."""
 
     scheme: str = Field(default="int8-static", description="the name of a scheme")
+    weight_bits: Annotated[int, Field(ge=2, le=8)] | None = Field(default=None, description="2 to 8; the scheme's own")
+    group_size: Count | Literal["channel", "tensor"] | None = Field(
+        default=None, description="a count of weights with one scale, channel, or tensor; of schemes of weights alone"
+    )
+    symmetric: bool | None = Field(default=None, description="false for zero points; of schemes of weights alone")
+    method: Literal["round", "gptq", "awq"] | None = Field(
+        default=None, description="round, gptq or awq; of schemes of weights alone"
+    )
     samples: Count = Field(default=512, description=_AT_LEAST_ONE)
     exclude: list[str] = Field(default=[], description="a list of globs over module paths")
 

@@ -123,8 +123,19 @@ def run_quantize(work: Work, step: Step) -> Outcome:
     part = step.part
     assert isinstance(part, Quantize)
     batches = [work.task.inputs(batch) for batch in samples(work, part.samples)]
-    student = quantize(work.student, part.scheme, batches=batches, exclude=part.exclude)
-    return Outcome(student, {"scheme": part.scheme, "samples": part.samples}, [])
+    given = {"weight_bits": part.weight_bits, "group_size": part.group_size, "method": part.method}
+    student = quantize(
+        work.student,
+        part.scheme,
+        batches=batches,
+        weight_bits=part.weight_bits,
+        group_size=part.group_size,
+        symmetric=part.symmetric,
+        method=part.method,
+        exclude=part.exclude,
+    )
+    said = {name: value for name, value in given.items() if value is not None}
+    return Outcome(student, {"scheme": part.scheme, "samples": part.samples, **said}, [])
 
 
 def run_export(work: Work, step: Step) -> Outcome:
