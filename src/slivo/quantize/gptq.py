@@ -31,10 +31,10 @@ def gptq(
     Pre-trained Transformers", arXiv:2210.17323, algorithm 1; the order is that of their code.
 
     Example:
-        >>> gram = torch.tensor([[1.0, 0.95], [0.95, 1.0]])  # two inputs that are nearly the same
-        >>> found = gptq(torch.tensor([[0.4, 1.0]]), gram, Grid(2, sharing="channel"))
-        >>> found.codes.tolist(), encode(torch.tensor([[0.4, 1.0]]), Grid(2)).codes.tolist()
-        ([[0, 1]], [[0, 1]])
+        >>> weight, gram = torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.4, 0.4]]), torch.eye(6)
+        >>> gram[4, 5] = gram[5, 4] = 0.95  # two inputs that are nearly the same, of which 0.8 is read
+        >>> encode(weight, Grid(2)).codes.tolist(), gptq(weight, gram, Grid(2)).codes.tolist()
+        ([[1, 1, 1, 1, 0, 0]], [[1, 1, 1, 1, 0, 1]])
     """
     whole = weight.to(gram.dtype)
     size = whole.shape[1]
