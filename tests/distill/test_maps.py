@@ -458,7 +458,7 @@ def test_a_narrower_network_learns_by_it(name):
         teacher,
         lambda model, x: model(x),
         lambda output, _: output.mean(),
-        [losses.build({name: {"at": at}})],
+        [losses.build({name: {"at": at, "weight": 1.0}})],
         label_weight=0,
     ).prepare(student, batch)
     optimizer = torch.optim.Adam([*student.parameters(), *made.parameters()], lr=0.02)
