@@ -104,6 +104,29 @@ def matches(glob: str, named: Iterable[str]) -> bool:
     return any(name == glob or fnmatchcase(name, glob) or fnmatchcase(name, f"{glob}.*") for name in named)
 
 
+def few(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are.
+
+    Example:
+        >>> few(list("abcdef"))
+        'a, b, c, d and 2 more'
+    """
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def wanted(name: str, only: Iterable[str], exclude: Iterable[str]) -> bool:
+    """Tell whether globs leave a name: one of ``only`` matches it, if there are any, and none of ``exclude``.
+
+    Example:
+        >>> wanted("layer1.conv", (), ["layer2"]), wanted("head", ["layer*"], ())
+        (True, False)
+    """
+    only = tuple(only)
+    return (not only or any(matches(glob, [name]) for glob in only)) and not any(
+        matches(glob, [name]) for glob in exclude
+    )
+
+
 def listed(given: Sequence[str] | str, what: str) -> tuple[str, ...]:
     """Return names or globs as a tuple; one that stands alone is one, not its characters.
 

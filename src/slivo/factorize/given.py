@@ -11,8 +11,8 @@ from torch import nn
 from slivo.edits.factorize import Factors, Kind
 from slivo.errors import SlivoError
 from slivo.factorize.ladder import Method, kinds, saves
-from slivo.factorize.sites import Site, few
-from slivo.options import is_count, matches, said
+from slivo.factorize.sites import Site
+from slivo.options import few, is_count, matches, said
 
 Value = TypeVar("Value")
 

@@ -18,7 +18,7 @@ from slivo.factorize.budgets import chosen_by_budget
 from slivo.factorize.given import given, meant_by
 from slivo.factorize.ladder import METHODS, Ladder, Method, enough, kinds, ladder
 from slivo.factorize.passes import Sensitivity, fill_, walk
-from slivo.factorize.sites import Site, few, find
+from slivo.factorize.sites import Site, find
 from slivo.factorize.solve import Basis, basis, pieces
 from slivo.graph import Call, ExampleInputs, as_args
 from slivo.graph.capture import check_runs, trying
@@ -26,7 +26,7 @@ from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
 from slivo.measure import Timer
 from slivo.measure.budget import COUNTED, Budget, check_budget
-from slivo.options import calls_of, is_count, is_number, listed, said
+from slivo.options import calls_of, few, is_count, is_number, listed, said
 from slivo.train.progress import Report
 
 _log = logging.getLogger("slivo")

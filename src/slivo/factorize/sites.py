@@ -18,7 +18,7 @@ from slivo.edits.swap import exchanged
 from slivo.errors import SlivoError
 from slivo.graph import Call
 from slivo.graph.inputs import batch_size, fresh
-from slivo.options import matches
+from slivo.options import few, matches, wanted
 
 Shape = tuple[int, ...]
 
@@ -113,12 +113,7 @@ def find(
     for glob in (*only, *exclude):
         if not matches(glob, every):
             raise SlivoError(f"{glob!r} matches no linear layer or convolution; there are {few(list(every)) or 'none'}")
-    meant = {
-        name: each
-        for name, each in every.items()
-        if (not only or any(matches(glob, [name]) for glob in only))
-        and not any(matches(glob, [name]) for glob in exclude)
-    }
+    meant = {name: each for name, each in every.items() if wanted(name, only, exclude)}
     owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     left = {name: reason for name, each in meant.items() if (reason := _reason(each, owners))}
     sites = {name: Site(name, cast(Layer, each)) for name, each in meant.items() if name not in left}
@@ -127,16 +122,6 @@ def find(
     read = _read_elsewhere(model, sites, call)
     left |= dict.fromkeys(read, "code outside of it reads its weight")
     return {name: site for name, site in sites.items() if name not in read}, left
-
-
-def few(names: Sequence[str]) -> str:
-    """Return the first of some names, and how many more there are.
-
-    Example:
-        >>> few(list("abcdef"))
-        'a, b, c, d and 2 more'
-    """
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from slivo.graph.checks import check_values
 from slivo.graph.copies import duplicate
 from slivo.measure.blockwise import Replay, part_of, repeated, run_order, run_through
 from slivo.measure.readers import Watch, grams, key, squares
-from slivo.options import calls_of, listed, matches, said
+from slivo.options import calls_of, few, listed, matches, said, wanted
 from slivo.prune import layerwise
 from slivo.prune.layerwise import Zeros
 from slivo.train.progress import Report
@@ -139,7 +139,7 @@ def one_shot(
         if done.dense:
             _log.warning(
                 "%s stay dense: no matrix product or convolution with them was seen, or they are not contiguous",
-                _few(done.dense),
+                few(done.dense),
             )
         return edits.replay(new, (edits.Mask(done.patterns),))
 
@@ -187,29 +187,19 @@ def _chosen(
     }
     there = {name: part for name, part in weights.items() if part is not None}
     _check_globs((*only, *exclude), list(there), "weight in the blocks" if parts else "weight")
-    left = {
-        name: part for name, part in there.items() if (not only or _meant(name, only)) and not _meant(name, exclude)
-    }
+    left = {name: part for name, part in there.items() if wanted(name, only, exclude)}
     if not left:
         raise SlivoError(
             "nothing is left to prune: there is no weight of two dimensions or more that only and exclude leave in "
-            f"{_few(parts) if parts else 'the model'}"
+            f"{few(parts) if parts else 'the model'}"
         )
     return left
-
-
-def _meant(name: str, globs: Iterable[str]) -> bool:
-    return any(matches(glob, [name]) for glob in globs)
 
 
 def _check_globs(globs: Iterable[str], names: Sequence[str], what: str) -> None:
     for glob in globs:
         if not matches(glob, names):
-            raise SlivoError(f"{glob!r} matches no {what}; there are {_few(names) or 'none'}")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise SlivoError(f"{glob!r} matches no {what}; there are {few(names) or 'none'}")
 
 
 def _prune_(
@@ -225,7 +215,7 @@ def _prune_(
     order = run_order(model, {name: every[name] for name in chosen}, chosen, calls[0])
     if not order:
         raise SlivoError(
-            f"no matrix product or convolution with {_few(list(chosen))} was seen on the first batch; remove "
+            f"no matrix product or convolution with {few(list(chosen))} was seen on the first batch; remove "
             "parametrizations and merge adapters first, and make weights contiguous"
         )
     replay = Replay(model, run_through(model, order, calls[0]), calls, hold)

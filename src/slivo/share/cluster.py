@@ -13,7 +13,7 @@ from slivo.edits.share import Share, Shared
 from slivo.errors import SlivoError
 from slivo.graph.capture import evaluating
 from slivo.graph.checks import check_model, check_values
-from slivo.options import check_batches, listed, matches, said
+from slivo.options import check_batches, listed, matches, said, wanted
 from slivo.share.codebook import check, kmeans, nearest, powers_of_two
 
 Codebook = Literal["kmeans", "powers-of-two"]
@@ -121,7 +121,7 @@ def _chosen(
             raise SlivoError(f"{said(glob)} matches no weight; there are {', '.join(weights[:4]) or 'none'} …")
     found: dict[str, int] = {}
     for name in weights:
-        if (only and not any(matches(glob, [name]) for glob in only)) or any(matches(glob, [name]) for glob in exclude):
+        if not wanted(name, only, exclude):
             continue
         count = next((count for glob, count in by_glob.items() if matches(glob, [name])), None)
         if count is not None:
