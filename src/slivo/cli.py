@@ -316,6 +316,42 @@ def criteria() -> None:
 
 
 @app.command()
+def bench(
+    artifacts: Annotated[list[Path], typer.Argument(help="Folders of artifacts.", show_default=False)],
+    teacher: Annotated[Path | None, typer.Option(help="Artifact to compare with.", show_default=False)] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of a run: its teacher, and its task to measure on.", show_default=False)
+    ] = None,
+    inputs: Inputs = None,
+    runtime: Annotated[list[str] | None, typer.Option(help="One of them alone; may be repeated.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Size of a batch; may be repeated.")] = None,
+    threads: Annotated[int, typer.Option(help="That a runtime may use.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Calls that are timed.")] = 50,
+    json: Annotated[Path | None, typer.Option("--json", help="File to write.", show_default=False)] = None,
+) -> None:
+    """Time artifacts on PyTorch, torch.compile, ONNX Runtime and OpenVINO, as far as they are installed."""
+    from slivo import console
+    from slivo.files import write
+    from slivo.recipe import bench as of_run
+
+    rows: list[dict[str, Any]] = []
+    for folder in artifacts:
+        network, example = _model(str(folder), (), inputs or ())
+        rows += [
+            {"artifact": str(folder), **vars(row)}
+            for row in of_run.bench(
+                network, example, folder=run, teacher=teacher, runtimes=runtime or (), batches=batch or (1, 32),
+                threads=threads, repeats=repeats,
+            )
+        ]  # fmt: skip
+    console.benches(rows)
+    if json is not None:
+        import json as module
+
+        write(json, module.dumps(rows, indent=1).encode())
+
+
+@app.command()
 def losses() -> None:
     """List the distillation losses, with their options."""
     from slivo import console

@@ -276,3 +276,22 @@ def tree(graph: Graph) -> None:
         for name, dims in members.items():
             branch.add(f"{escape(name)} [dim]dim {', '.join(dims)}[/]")
     out().print(root)
+
+
+def benches(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Show what was measured on runtimes."""
+    from slivo.report import text
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        if row["reason"]:
+            return [row["artifact"], row["runtime"], "", row["reason"], "", "", ""]
+        metrics = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
+        faster = "" if row["faster"] is None else f"{row['faster']:.2f} x"
+        times = [text.milliseconds(row[name]) for name in ("p50_ms", "p95_ms")]
+        return [row["artifact"], f"{row['runtime']} {row['version']}", str(row["batch"]), *times, faster, metrics]
+
+    if rows:
+        threads = rows[0]["threads"]
+        columns = ("artifact", "runtime", "batch", "p50", "p95", "than the teacher", "quality")
+        table(columns, [cells(row) for row in rows], right=(2, 3, 4, 5))
+        out().print(f"{threads} thread{'s' * (threads > 1)} for each runtime")

@@ -24,6 +24,7 @@ from slivo.quantize import SCHEMES, quantize
 MODELS = sorted(set(ZOO) - {"SuperResolution", "LanguageModel", "NormalizedWeights"})
 CASES = [(name, "int8-static") for name in MODELS] + [("ResNet", "int8-weights"), ("Transformer", "int8-weights")]
 CASES += [("ResNet", "int4-weights"), ("Transformer", "int4-weights")]
+CASES += [("Transformer", "int8-dynamic")]
 
 
 def single(value):
@@ -144,7 +145,11 @@ def test_quantizing_after_pruning_replays_both(tmp_path):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (cnn, {"scheme": "int4"}, "'int4' is no scheme of quantization; there are int8-static, int8-weights"),
+        (
+            cnn,
+            {"scheme": "int4"},
+            "'int4' is no scheme of quantization; there are int8-static, int8-dynamic, int8-weights",
+        ),
         (cnn, {"batches": []}, "there are no batches to calibrate on"),
         (cnn, {"exclude": ["head"]}, "'head' matches no layer that can be quantized; there are 0, 3"),
         (cnn, {"exclude": ["*"]}, "nothing to quantize"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slivo.edits import uniform
+from slivo.edits.dynamic import dynamic_linear
 from slivo.edits.swap import swap_, unfuse_
 from slivo.edits.uniform import Coded, Grid
 from slivo.errors import SlivoError
@@ -43,9 +44,12 @@ class ActivationSpec:
 
     Args:
         bits: Width of the codes, 2-8.
+        dynamic: Whether the range is that of each batch, in place of a calibrated one: for the inputs of linear
+            layers, with 8 bits.
     """
 
     bits: int = 8
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ class QuantSpec:
     def plain(self) -> bool:
         """Whether the codes are what integer kernels read: one a byte, signed, with a scale a channel or a tensor."""
         return self.symmetric and not self.packed and self.group_size is None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the input is rounded to codes of a range that is fixed beforehand."""
+        return self.activation is not None and not self.activation.dynamic
 
 
 @dataclass(frozen=True)
@@ -198,14 +207,14 @@ class QuantizedLayer(nn.Module):
             ("input", spec.activation, ranges.activation),
             ("output", spec.output, ranges.output),
         ):
-            if rounded is not None:
+            if rounded is not None and not rounded.dynamic:
                 step, zero_point = affine(span or (0.0, 1.0), rounded.bits)
                 device = weight.device
                 self.register_buffer(f"{role}_scale", torch.tensor(step, device=device))
                 self.register_buffer(f"{role}_zero_point", torch.tensor(zero_point, dtype=torch.uint8, device=device))
         if coded is None:
             floor = None
-            if spec.activation is not None and bias is not None:
+            if spec.calibrated and bias is not None:
                 floor = (bias.abs() / self.input_scale / _INT32)[:, None]
                 floor = floor if spec.weight_axis is not None else floor.amax().reshape(1, 1)
             coded = uniform.encode(weight, spec.grid, floor=floor)
@@ -254,16 +263,29 @@ class QuantizedLayer(nn.Module):
                 "or call model.eval()"
             )
         dtype = x.dtype
-        x, bias = x.float(), self.bias
+        x = self.sums(x.float())
+        if self.spec.output is not None:
+            x = round_to_codes(x, self.output_scale, self.output_zero_point, self.spec.output.bits)
+        return x.to(dtype)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Return what the layer gives out in float32, before that is rounded."""
+        bias, rounded = self.bias, self.spec.activation
         if self.spec.divided:
             x = x / self.input_divisor.float().reshape(-1, *[1] * (len(self.weight_shape) - 2))
-        if self.spec.activation is not None:
-            x = _round(x, self.input_scale, self.input_zero_point, self.spec.activation.bits)
+        if rounded is not None and rounded.dynamic:
+            product: Tensor = dynamic_linear(x, self.weight_codes, self.weight_scale, bias)
+            return product
+        if rounded is not None:
+            x = round_to_codes(x, self.input_scale, self.input_zero_point, rounded.bits)
             bias = None if bias is None else _decode(bias, self._bias_scale())
-        x = self._operate(x, self.weight, bias)
-        if self.spec.output is not None:
-            x = _round(x, self.output_scale, self.output_zero_point, self.spec.output.bits)
-        return x.to(dtype)
+        return self._operate(x, self.weight, bias)
+
+    def shift_(self, amount: Tensor) -> None:
+        """Add to the bias, shape (outputs,); only for a layer that has one."""
+        assert self.bias is not None
+        bias = _decode(self.bias, self._bias_scale()) if self.spec.calibrated else self.bias
+        self.bias.copy_(self._encode_bias(bias + amount))
 
     def extra_repr(self) -> str:
         """Return shape and widths, for printing."""
@@ -272,7 +294,7 @@ class QuantizedLayer(nn.Module):
             widths.append(f"group_size={self.spec.group_size}")
         for role, rounded in (("activation", self.spec.activation), ("output", self.spec.output)):
             if rounded is not None:
-                widths.append(f"{role}={rounded.bits} bits")
+                widths.append(f"{role}={rounded.bits} bits{', dynamic' * rounded.dynamic}")
         return f"{list(self.weight_shape)}, {', '.join(widths)}"
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -286,7 +308,7 @@ class QuantizedLayer(nn.Module):
 
     def _encode_bias(self, bias: Tensor) -> Tensor:
         """Round the bias to the grid on which integer kernels sum; in floating point if the input is not rounded."""
-        if self.spec.activation is None:
+        if not self.spec.calibrated:
             return bias
         codes = torch.round(bias.double() / self._bias_scale().double())
         return codes.clamp(-_INT32, _INT32).to(torch.int32)
@@ -312,7 +334,8 @@ def affine(span: tuple[float, float], bits: int) -> tuple[float, int]:
     return scale, min(levels, max(0, round(-low / scale)))
 
 
-def _round(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def round_to_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Return a tensor as unsigned codes of a scale and zero point say it."""
     ops, top = torch.ops.quantized_decomposed, 2**bits - 1
     codes = ops.quantize_per_tensor.tensor(x, scale, zero_point, 0, top, torch.uint8)
     rounded: Tensor = ops.dequantize_per_tensor.tensor(codes, scale, zero_point, 0, top, torch.uint8)

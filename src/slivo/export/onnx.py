@@ -178,7 +178,14 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         zeros = np.zeros(tuple(scale.shape), ir.DataType(dtype).numpy())
         return opset.DequantizeLinear(x, scale, constant(zeros), axis=axis)
 
+    def dynamic_linear(x: Any, codes: Any, scale: Any, bias: Any = None) -> Any:
+        rounded, step, zero = opset.DynamicQuantizeLinear(x)
+        product = opset.MatMulInteger(rounded, opset.Transpose(codes, perm=[1, 0]), zero)
+        product = opset.Mul(opset.Cast(product, to=ir.DataType.FLOAT.value), opset.Mul(step, scale))
+        return product if bias is None else opset.Add(product, bias)
+
     return {
+        torch.ops.slivo.dynamic_linear.default: dynamic_linear,
         ops.quantize_per_tensor.tensor: quantize,
         ops.dequantize_per_tensor.tensor: dequantize,
         ops.dequantize_per_channel.default: dequantize_rows,

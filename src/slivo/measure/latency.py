@@ -46,6 +46,16 @@ def latency(run: Callable[[], object], *, repeats: int = 50, warmup: int = 5) ->
         >>> 0 < p50 <= p95
         True
     """
+    p50, p95 = np.percentile(timings(run, repeats=repeats, warmup=warmup), [50, 95])
+    return float(p50), float(p95)
+
+
+def timings(run: Callable[[], object], *, repeats: int, warmup: int) -> list[float]:
+    """Return the milliseconds of each call, as `latency` times them.
+
+    Raises:
+        SlivoError: If no call is to be timed.
+    """
     if repeats < 1 or warmup < 0:
         raise SlivoError(f"repeats is {repeats} and warmup is {warmup}; at least 1 and 0 are needed")
     for _ in range(warmup):
@@ -61,8 +71,7 @@ def latency(run: Callable[[], object], *, repeats: int = 50, warmup: int = 5) ->
     finally:
         if collecting:
             gc.enable()
-    p50, p95 = np.percentile(times, [50, 95])
-    return float(p50), float(p95)
+    return times
 
 
 def clock(example_inputs: ExampleInputs, *, lasting_ms: float = 50.0) -> Timer:

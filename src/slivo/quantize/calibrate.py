@@ -66,7 +66,7 @@ def calls(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> Cou
         for name, module in modules.items():
             hook = module.register_forward_pre_hook(lambda *_, name=name: counted.update([name]))
             stack.callback(hook.remove)
-        _run(model, [batch])
+        run(model, [batch])
     return counted
 
 
@@ -83,7 +83,7 @@ def observe(model: nn.Module, sites: Iterable[Site], batches: Sequence[Any]) -> 
     """
     for step in (Site.widen, Site.count):
         with _watching(sites, step):
-            _run(model, batches)
+            run(model, batches)
 
 
 def best_range(site: Site, bits: int) -> tuple[float, float]:
@@ -125,7 +125,8 @@ def _watching(sites: Iterable[Site], step: Callable[[Site, Tensor], None]) -> It
         yield
 
 
-def _run(model: nn.Module, batches: Iterable[Any]) -> None:
+def run(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Run a model on batches, in evaluation mode and without gradients."""
     with evaluating(model), torch.no_grad():
         for batch in batches:
             args, kwargs = as_args(batch)

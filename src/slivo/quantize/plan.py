@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from slivo.edits.quantize import NORMS, QUANTIZABLE
-from slivo.graph.capture import Capture
+from slivo.errors import CaptureError, SlivoError
+from slivo.graph.capture import Capture, capture
+from slivo.quantize.calibrate import calls
 
 aten = torch.ops.aten
+_log = logging.getLogger("slivo")
 
 _LAYER_OPS = (aten.linear, aten.conv1d, aten.conv2d, aten.conv3d)
 
@@ -83,6 +88,34 @@ def plan(captured: Capture, layers: Mapping[str, nn.Module], once: frozenset[str
         and any(_meets_floating_point(node, places) for node in nodes)
     }
     return Plan(tuple(layers), folded, rounded)
+
+
+def planned(model: nn.Module, batch: Any, exclude: Sequence[str] = ()) -> Plan:
+    """Run a model on a batch, and find what of it can be quantized.
+
+    Args:
+        model: Left as it was.
+        batch: What it is called with.
+        exclude: Globs over module paths; what they match is left out.
+
+    Raises:
+        SlivoError: If a glob matches nothing.
+    """
+    layers = candidates(model)
+    for glob in exclude:
+        matched = [name for name in layers if fnmatchcase(name, glob) or fnmatchcase(name, f"{glob}.*")]
+        if not matched:
+            raise SlivoError(f"{glob!r} matches no layer that can be quantized; there are {', '.join(layers)}")
+        layers = {name: layer for name, layer in layers.items() if name not in matched}
+    counted = calls(model, {**layers, **norms(model)}, batch)
+    layers = {name: layer for name, layer in layers.items() if counted[name]}
+    once = frozenset(name for name, count in counted.items() if count == 1)
+    try:
+        captured = capture(model, batch)
+    except CaptureError as error:
+        _log.warning("batch norms are not folded before quantization: %s", error)
+        return Plan(tuple(layers), {}, {})
+    return plan(captured, layers, once)
 
 
 def _layer_nodes(captured: Capture, layers: Mapping[str, nn.Module]) -> dict[fx.Node, str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -13,13 +11,12 @@ from torch import nn
 from slivo import edits
 from slivo.edits.quantize import ActivationSpec, Quantize, QuantSpec, Ranges
 from slivo.edits.uniform import Sharing
-from slivo.errors import CaptureError, SlivoError
-from slivo.graph.capture import capture
-from slivo.quantize.calibrate import Site, best_range, calls, observe
-from slivo.quantize.plan import Plan, candidates, norms, plan
+from slivo.errors import SlivoError
+from slivo.quantize import equalization
+from slivo.quantize.calibrate import Site, best_range, observe
+from slivo.quantize.correct import correct_biases_
+from slivo.quantize.plan import Plan, planned
 from slivo.quantize.weights import Method, Weights, weight_only
-
-_log = logging.getLogger("slivo")
 
 
 def quantize(
@@ -34,6 +31,10 @@ def quantize(
     damping: float | None = None,
     act_order: bool | None = None,
     exclude: Sequence[str] = (),
+    equalize: bool = False,
+    smooth: float | None = None,
+    correct_bias: bool = False,
+    ranges: Mapping[str, Ranges] | None = None,
 ) -> nn.Module:
     """Return a model whose linear layers and convolutions hold integer codes.
 
@@ -45,9 +46,12 @@ def quantize(
         scheme: ``int8-static`` rounds weights and activations, for integer kernels; ``int8-weights`` rounds the
             weights alone: a quarter of the bytes, and the speed of floating point; ``int4-weights`` an eighth, in
             groups. Codes of fewer than eight bits are stored bit behind bit, and unpacked when they are used.
+            ``int8-dynamic`` rounds the weights of linear layers, and their inputs as they come, each batch by its own
+            range: nothing is calibrated.
         batches: What the model is called with, some tens to hundreds of samples of the data it will see: tensors,
             tuples of positional arguments or mappings of keyword arguments. Ranges of activations come from them.
-        weight_bits: Width of the weights' codes, 2-8. Default: that of the name. 7 for ``int8-static``, because
+        weight_bits: Width of the weights' codes, 2-8. Default: that of the name. 7 for ``int8-static`` and
+            ``int8-dynamic``, because
             integer kernels of x86 processors without VNNI add two products in 16 bits, which eight-bit weights
             overflow: results would be silently wrong there (not slightly: sums are cut off).
         group_size: Of the schemes of weights alone: how many consecutive weights of an output have a scale for
@@ -61,6 +65,13 @@ def quantize(
         damping: Of ``gptq``: what is added to the diagonal of XᵀX, as a share of its mean; 0.01 if None.
         act_order: Of ``gptq``: whether inputs of most energy come first; so it is if None.
         exclude: Globs over module paths; what they match stays in floating point.
+        equalize: Give the channels weights of like ranges first (`slivo.quantize.equalize`): for depthwise
+            convolutions and few bits.
+        smooth: Move so much of the range of activations into the weights first (`slivo.quantize.smooth`): 0.5 for
+            transformers; None for none of it.
+        correct_bias: Take back by biases what rounding shifts the mean of each channel by.
+        ranges: Ranges of activations for some layers, such as `QuantizationAware` learned, in place of calibrated
+            ones.
 
     Returns:
         A new model that carries the edit (`slivo.edits.record`), in evaluation mode, ready for `slivo.save` and for
@@ -86,15 +97,25 @@ def quantize(
     calibration = list(batches)
     if not calibration:
         raise SlivoError("there are no batches to calibrate on; give at least one batch of real inputs")
-    found = _plan(model, calibration[0], exclude)
+    if equalize:
+        model = equalization.equalize(model, calibration)
+    if smooth is not None:
+        model = equalization.smooth(model, calibration, smooth)
+    found = planned(model, calibration[0], exclude)
     if not found.layers:
         raise SlivoError(
             f"{type(model).__name__} has nothing to quantize: no linear layer or convolution with a weight of its "
             "own is called on the first batch, or all are excluded"
         )
     if how is not None:
-        return edits.apply(model, weight_only(model, found, calibration, how)).eval()
-    return edits.apply(model, ROUNDED[scheme](model, found, calibration, weight_bits)).eval()
+        edit = weight_only(model, found, calibration, how)
+    else:
+        edit = ROUNDED[scheme](model, found, calibration, weight_bits)
+    edit = replace(edit, ranges={**edit.ranges, **(ranges or {})})
+    made = edits.apply(model, edit).eval()
+    if correct_bias:
+        correct_biases_(made, edits.apply(model, Quantize({}, edit.folded)), calibration)
+    return made
 
 
 def int8_static(model: nn.Module, found: Plan, batches: Sequence[Any], weight_bits: int | None) -> Quantize:
@@ -119,8 +140,23 @@ def int8_static(model: nn.Module, found: Plan, batches: Sequence[Any], weight_bi
     return Quantize(specs, found.folded, ranges)
 
 
+def int8_dynamic(model: nn.Module, found: Plan, batches: Sequence[Any], weight_bits: int | None) -> Quantize:
+    """Weights of linear layers as integers, and their inputs, too, with the range of each batch."""
+    del batches
+    modules = dict(model.named_modules())
+    linear = [name for name in found.layers if type(modules[name]) is nn.Linear]
+    if not linear:
+        raise SlivoError(
+            f"{type(model).__name__} has nothing for int8-dynamic, which takes linear layers alone: runtimes are "
+            "slower with convolutions of that kind than in floating point; choose int8-static"
+        )
+    spec = QuantSpec(7 if weight_bits is None else weight_bits, 0, ActivationSpec(dynamic=True))
+    folded = {norm: layer for norm, layer in found.folded.items() if layer in linear}
+    return Quantize(dict.fromkeys(linear, spec), folded)
+
+
 ROUNDED: Mapping[str, Callable[[nn.Module, Plan, Sequence[Any], int | None], Quantize]] = {
-    scheme.__name__.replace("_", "-"): scheme for scheme in (int8_static,)
+    scheme.__name__.replace("_", "-"): scheme for scheme in (int8_static, int8_dynamic)
 }
 """The schemes that round activations, by name: functions of the model, the plan, the batches and the weights' width."""
 
@@ -141,21 +177,3 @@ def _weights(scheme: str, given: dict[str, Any], bits: int | None) -> Weights | 
         name = next(iter(given)).replace("sharing", "group_size")
         raise SlivoError(f"{name} is an option of {', '.join(WEIGHTS)}; {scheme} has it not: leave it out")
     return None
-
-
-def _plan(model: nn.Module, batch: Any, exclude: Sequence[str]) -> Plan:
-    layers = candidates(model)
-    for glob in exclude:
-        matched = [name for name in layers if fnmatchcase(name, glob) or fnmatchcase(name, f"{glob}.*")]
-        if not matched:
-            raise SlivoError(f"{glob!r} matches no layer that can be quantized; there are {', '.join(layers)}")
-        layers = {name: layer for name, layer in layers.items() if name not in matched}
-    counted = calls(model, {**layers, **norms(model)}, batch)
-    layers = {name: layer for name, layer in layers.items() if counted[name]}
-    once = frozenset(name for name, count in counted.items() if count == 1)
-    try:
-        captured = capture(model, batch)
-    except CaptureError as error:
-        _log.warning("batch norms are not folded before quantization: %s", error)
-        return Plan(tuple(layers), {}, {})
-    return plan(captured, layers, once)

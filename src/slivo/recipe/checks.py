@@ -85,10 +85,8 @@ def _part(recipe: Recipe, path: Path, part: Part) -> Iterator[Problem]:
         yield from _prune(recipe, path, part)
     elif isinstance(part, Quantize) and part.scheme not in SCHEMES:
         yield (*path, "scheme"), unknown(part.scheme, list(SCHEMES), "one of")
-    elif isinstance(part, Quantize) and part.scheme not in WEIGHTS:
-        for name in ("group_size", "symmetric", "method"):
-            if getattr(part, name) is not None:
-                yield (*path, name), f"goes with {' or '.join(WEIGHTS)}; {part.scheme} has it not: leave it out"
+    elif isinstance(part, Quantize):
+        yield from _quantize(path, part)
     elif isinstance(part, Sparsify):
         yield from _sparsify(path, part)
     elif isinstance(part, Share) and part.codebook == "powers-of-two":
@@ -163,6 +161,19 @@ def _factorize(path: Path, part: Factorize) -> Iterator[Problem]:
         yield path, "needs keep, what may stay of the whole, or energy, a share for each layer; one of them"
     if part.by == "sensitivity" and (part.keep is None or not part.samples):
         yield (*path, "by"), "is sensitivity, which measures on samples how to part a budget; give keep and samples"
+
+
+def _quantize(path: Path, part: Quantize) -> Iterator[Problem]:
+    for name in ("group_size", "symmetric", "method") if part.scheme not in WEIGHTS else ():
+        if getattr(part, name) is not None:
+            yield (*path, name), f"goes with {' or '.join(WEIGHTS)}; {part.scheme} has it not: leave it out"
+    if part.aware is None:
+        return
+    yield from _losses((*path, "aware"), part.aware)
+    if part.scheme != "int8-static":
+        yield (*path, "aware"), "is for int8-static, whose rounding it trains with; leave it out"
+    if part.equalize or part.smooth is not None:
+        yield (*path, "aware"), "learns ranges that equalize and smooth would change; leave these out"
 
 
 def _sparsify(path: Path, part: Sparsify) -> Iterator[Problem]:

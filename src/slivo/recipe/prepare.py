@@ -66,7 +66,7 @@ def prepare(loaded: Loaded, *, task: Task | None = None, model: nn.Module | None
         ShapeError: If a network does not fit the task.
         TargetError: If what the first cut asks for cannot be had.
     """
-    task = task or _task(loaded)
+    task = task or task_of(loaded)
     recipe = loaded.recipe
     with _place(loaded, "teacher"):
         if model is not None:
@@ -119,7 +119,12 @@ def first_weights(student: nn.Module, teacher: nn.Module, part: Inherit, task: T
     return inherit(student, teacher, task.example_inputs, layers=part.layers, widths=part.widths)
 
 
-def _task(loaded: Loaded) -> Task:
+def task_of(loaded: Loaded) -> Task:
+    """Make the task that a recipe names.
+
+    Raises:
+        RecipeError: If it names none, or that cannot be made.
+    """
     part, source = loaded.recipe.task, loaded.source
     if part is None:
         raise source.error(("task",), "is missing; a mapping with kind and data")

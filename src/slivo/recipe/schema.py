@@ -235,6 +235,12 @@ class Quantize(Part):
     )
     samples: Count = Field(default=512, description=_AT_LEAST_ONE)
     exclude: list[str] = Field(default=[], description="a list of globs over module paths")
+    equalize: bool = Field(default=False, description="true to give channels weights of like ranges first")
+    smooth: Annotated[float, Field(ge=0, le=1)] | None = Field(default=None, description="a share from 0 to 1")
+    correct_bias: bool = Field(default=False, description="true to take shifts of means back by biases")
+    aware: Distill | None = Field(
+        default=None, description="a mapping as that of distill; the network is trained with its rounding first"
+    )
 
 
 class Export(Part):

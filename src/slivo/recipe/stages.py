@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from slivo import edits
 from slivo.export import onnx
+from slivo.export.bench import Running
 from slivo.factorize import factorize
 from slivo.graph.copies import duplicate
 from slivo.measure import clock, quality
 from slivo.prune import Budget, permute, sparsify, sparsity
-from slivo.quantize import quantize
+from slivo.quantize import QuantizationAware, quantize
 from slivo.recipe.cuts import first, run_prune
 from slivo.recipe.models import made
 from slivo.recipe.plan import Step
@@ -124,8 +125,15 @@ def run_quantize(work: Work, step: Step) -> Outcome:
     assert isinstance(part, Quantize)
     batches = [work.task.inputs(batch) for batch in samples(work, part.samples)]
     given = {"weight_bits": part.weight_bits, "group_size": part.group_size, "method": part.method}
+    said = {name: value for name, value in given.items() if value is not None}
+    details: Details = {"scheme": part.scheme, "samples": part.samples, **said}
+    trained, learned = Outcome(work.student, {}, []), None
+    if part.aware is not None:
+        learned = QuantizationAware(batches, weight_bits=part.weight_bits or 7, exclude=part.exclude)
+        trained = distilled(work, step.label, part.aware, more=[learned])
+        details["aware"] = trained.details
     student = quantize(
-        work.student,
+        trained.student,
         part.scheme,
         batches=batches,
         weight_bits=part.weight_bits,
@@ -133,9 +141,12 @@ def run_quantize(work: Work, step: Step) -> Outcome:
         symmetric=part.symmetric,
         method=part.method,
         exclude=part.exclude,
+        equalize=part.equalize,
+        smooth=part.smooth,
+        correct_bias=part.correct_bias,
+        ranges=None if learned is None else learned.ranges,
     )
-    said = {name: value for name, value in given.items() if value is not None}
-    return Outcome(student, {"scheme": part.scheme, "samples": part.samples, **said}, [])
+    return Outcome(student, details, trained.history)
 
 
 def run_export(work: Work, step: Step) -> Outcome:
@@ -147,7 +158,7 @@ def run_export(work: Work, step: Step) -> Outcome:
     details: Details = {"to": "onnx", "files": [file.name for file in files.values()]}
     if work.task.kind.endswith("classification"):
         # Runtimes round otherwise than PyTorch; what they make of it must be seen, not assumed.
-        found = quality(InRuntime(files["student"]), work.task, "val")[work.task.primary]
+        found = quality(in_runtime(files["student"]), work.task, "val")[work.task.primary]
         details[f"{work.task.primary} in ONNX Runtime"] = round(found, 6)
     return Outcome(work.student, details, [])
 
@@ -168,13 +179,7 @@ STAGES: Mapping[str, Callable[[Work, Step], Outcome]] = {
 """What each kind of step does."""
 
 
-class InRuntime(nn.Module):
-    """An exported network, run by ONNX Runtime."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.run = onnx.runner(file)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Return the first output."""
-        return torch.from_numpy(self.run(*(value.numpy() for value in inputs))[0])
+def in_runtime(file: Path) -> nn.Module:
+    """Return an exported network, run by ONNX Runtime."""
+    run = onnx.runner(file)
+    return Running(lambda *inputs: run(*(value.numpy() for value in inputs)))

@@ -92,7 +92,7 @@ def optimizer(part: Optimizer, *, scratch: bool) -> OptimizerSpec:
     return OptimizerSpec(**given)
 
 
-def distilled(work: Work, label: str, part: Distill) -> Outcome:
+def distilled(work: Work, label: str, part: Distill, *, more: Sequence[Hook] = ()) -> Outcome:
     """Train a copy of the student by its teacher, or teachers."""
     others = [origin.load(work.member(index)).eval() for index, origin in enumerate(work.others)]
     given = lesson(
@@ -115,7 +115,7 @@ def distilled(work: Work, label: str, part: Distill) -> Outcome:
         batch_size=part.batch_size,
         label_weight=part.label_weight,
         seed=work.seed,
-        hooks=hooks(work, label, work.student),
+        hooks=[*hooks(work, label, work.student), *more],
         checkpoint=work.checkpoint,
         on_epoch=work.on_epoch,
         precision=part.precision,

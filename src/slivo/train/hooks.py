@@ -67,6 +67,9 @@ class Hook:
     def on_fit_end(self, state: TrainState) -> None:
         """After the last epoch; not when a training is broken off."""
 
+    def on_close(self, state: TrainState) -> None:
+        """At the very end, also when a training is broken off: what was put on the model goes."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the hook must remember to resume."""
         return {}

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -113,12 +113,13 @@ def fit(
             "optimizer": asdict(optimizer),
         }
         laid_out = layout(model, device, chosen, lambda: _sample(plan, model, device))
-        with laid_out, _accelerator(device, chosen) as accelerator:
+        with laid_out, _accelerator(device, chosen) as accelerator, ExitStack() as closing:
             made, scheduler = build(optimizer, [*model.parameters(), *plan.extra], epochs * plan.steps)
             state = TrainState(model, made, scheduler, epochs=epochs, total_steps=epochs * plan.steps)
             if checkpoint is not None and stored is not None:
                 resume.restore(checkpoint, stored, settings, state, plan.hooks, plan.extra)
             for hook in plan.hooks:
+                closing.callback(hook.on_close, state)
                 hook.on_fit_start(state)
             while state.epoch < epochs:
                 row = _epoch(state, plan, accelerator)
