@@ -251,6 +251,29 @@ def test_a_packed_file_is_taken_for_an_artifact(call: Call, artifact: Path) -> N
         assert len(err.splitlines()) == 1
 
 
+def test_artifacts_are_timed_against_a_teacher_and_judged_where_they_run(call: Call) -> None:
+    assert call("run", written(SHORT), "--out", "run", "--quiet")[0] == 0
+    runtimes = ("--runtime", "eager", "--runtime", "onnxruntime", "--batch", 2, "--repeats", 5)
+    code, out, err = call("bench", "run/student", "run/teacher", "--run", "run", *runtimes, "--json", "bench.json")
+    assert (code, err) == (0, "")
+    rows = json.loads(Path("bench.json").read_text(encoding="utf-8"))
+    assert [(row["artifact"], row["runtime"], row["batch"]) for row in rows] == [
+        (f"run/{name}", runtime, 2) for name in ("student", "teacher") for runtime in ("eager", "onnxruntime")
+    ]
+    quality = json.loads(Path("run/summary.json").read_text(encoding="utf-8"))["student"]["accuracy"]
+    for row in rows[:2]:
+        assert row["metrics"]["accuracy"] == pytest.approx(quality, abs=0.05)
+        assert f"{row['faster']:.2f} x" in out
+    code, out, _ = call("bench", "run/student", *runtimes)
+    assert code == 0
+    assert " x\n" not in out
+    assert "threads" not in out
+    assert call("bench", "run/student", "--runtime", "tvm")[::2] == (
+        1,
+        "error: 'tvm' is no runtime; there are eager, compile, onnxruntime, openvino\n",
+    )
+
+
 def test_what_there_is_comes_from_the_code(call: Call) -> None:
     assert "taylor" in call("criteria")[1]
     assert "temperature: float = 4.0" in call("losses")[1]

@@ -334,6 +334,8 @@ def bench(
     from slivo.files import write
     from slivo.recipe import bench as of_run
 
+    if json is not None and not json.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {json.parent}", param_hint="--json")
     rows: list[dict[str, Any]] = []
     for folder in artifacts:
         network, example = _model(str(folder), (), inputs or ())

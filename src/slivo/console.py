@@ -279,19 +279,23 @@ def tree(graph: Graph) -> None:
 
 
 def benches(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Show what was measured on runtimes."""
+    """Show what was measured on runtimes, and why nothing was on others; of the qualities, the first."""
     from slivo.report import text
 
     def cells(row: Mapping[str, Any]) -> list[str]:
-        if row["reason"]:
-            return [row["artifact"], row["runtime"], "", row["reason"], "", "", ""]
-        metrics = ", ".join(f"{name} {value:.4f}" for name, value in row["metrics"].items())
-        faster = "" if row["faster"] is None else f"{row['faster']:.2f} x"
         times = [text.milliseconds(row[name]) for name in ("p50_ms", "p95_ms")]
-        return [row["artifact"], f"{row['runtime']} {row['version']}", str(row["batch"]), *times, faster, metrics]
+        faster = "" if row["faster"] is None else f"{row['faster']:.2f} x"
+        quality = next((text.metric(name, value) for name, value in row["metrics"].items()), "")
+        return [row["artifact"], row["runtime"], str(row["batch"]), *times, faster, quality]
 
-    if rows:
-        threads = rows[0]["threads"]
-        columns = ("artifact", "runtime", "batch", "p50", "p95", "than the teacher", "quality")
-        table(columns, [cells(row) for row in rows], right=(2, 3, 4, 5))
-        out().print(f"{threads} thread{'s' * (threads > 1)} for each runtime")
+    measured = [row for row in rows if not row["reason"]]
+    names = list(dict.fromkeys(name for row in measured for name in [*row["metrics"]][:1]))
+    columns = ("artifact", "runtime", "batch", "p50", "p95", "vs teacher", ", ".join(names) or "quality")
+    if measured:
+        table(columns, [cells(row) for row in measured], right=(2, 3, 4, 5, 6))
+        versions = dict.fromkeys(f"{row['runtime']} {row['version']}" for row in measured)
+        threads = measured[0]["threads"]
+        out().print(f"{', '.join(versions)}; {threads} thread{'s' * (threads > 1)}", highlight=False)
+    for row in rows:
+        if row["reason"]:
+            out().print(escape(f"{row['artifact']} not on {row['runtime']}: {row['reason']}"), highlight=False)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from slivo import edits
+from slivo import edits, quantize
 from slivo.edits import Quantize
 from slivo.edits.quantize import ActivationSpec, QuantSpec, Ranges, affine
 from slivo.errors import SlivoError
@@ -212,3 +212,19 @@ def test_inputs_are_divided_channel_by_channel():
         new.input_divisor.copy_(torch.tensor([0.5, 2.0, 4.0, 1.0]).repeat(x.shape[1 if x.dim() > 3 else -1] // 4))
         shape = (-1, 1, 1) if x.dim() > 3 else (-1,)
         assert torch.equal(new(x), plain(x / new.input_divisor.float().view(shape)))
+
+
+def test_compilers_are_given_the_zero_points_that_inductor_wants():
+    seen = []
+
+    def look(graph, _):
+        seen.extend(node for node in graph.graph.nodes if "dequantize_per_channel" in str(node.target))
+        return graph.forward
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 6)
+    small = quantize(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)), batches=[x])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(small, backend=look)(x), small(x), rtol=0, atol=0)
+    assert len(seen) == 4  # two weights, two biases
+    assert all(node.args[2] is not None for node in seen)

@@ -29,7 +29,7 @@ def test_each_runtime_has_rows_or_a_reason(monkeypatch):
 
     def judge(network):
         seen.append(network(X))
-        return {"sum": float(seen[-1].sum())}
+        return {"sum": seen[-1].sum().item()}
 
     rows = bench(
         model, X, teacher=net(32), runtimes=["eager", "onnxruntime", "openvino"], batches=[1, 6], repeats=5, judge=judge
@@ -41,7 +41,7 @@ def test_each_runtime_has_rows_or_a_reason(monkeypatch):
         assert 0 < row.p50_ms <= row.p95_ms
         assert row.faster > 0
         assert row.teacher_p50_ms > 0
-        assert row.metrics["sum"] == pytest.approx(float(model(X).sum()), abs=1e-4)
+        assert row.metrics["sum"] == pytest.approx(model(X).sum().item(), abs=1e-4)
     assert "pip install 'slivo[openvino]'" in rows[4].reason
     assert rows[4].p50_ms is None
     assert model.training
@@ -59,7 +59,7 @@ def test_openvino_is_given_the_file_and_the_threads(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core, __version__="1"))
     small = slivo.quantize(net(), "int8-dynamic", batches=[X])
-    judge = lambda network: {"gap": float((network(X) - small(X)).abs().max())}  # noqa: E731
+    judge = lambda network: {"gap": (network(X) - small(X)).abs().max().item()}  # noqa: E731
     (row,) = bench(small, X, runtimes=["openvino"], batches=[2], threads=2, repeats=5, judge=judge)
     assert (given["device"], given["INFERENCE_NUM_THREADS"], row.version, row.threads) == ("CPU", 2, "1", 2)
     assert row.metrics["gap"] < 1e-4

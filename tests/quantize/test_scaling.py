@@ -71,9 +71,9 @@ CASES = {
     "relu6": (lambda n, y: F.relu6(y), 0),
     "zeros around": (lambda n, y: F.pad(y, (1, 1)), 1),
     "ones around": (lambda n, y: F.pad(y, (1, 1), value=1.0), 0),
-    "reflections": (lambda n, y: F.pad(y, (1, 1), mode="reflect"), 1),
+    "reflections": (lambda n, y: F.pad(y, (1, 1, 1, 1), mode="reflect"), 1),
     "depthwise": (lambda n, y: F.relu(n.deep(F.relu(y))), 2),
-    "grouped": (lambda n, y: n.pair(y), 1),
+    "grouped": (lambda n, y: n.pair(y), 2),  # which group, and which channel of each
     "a mean over channels": (lambda n, y: y - y.mean(1, keepdim=True), 0),
     "used as a weight": (lambda n, y: y + F.conv2d(y[:1], y[:, :, :1, :1].mean(0)[:, :, :, None][:1].mT), 0),
     "a softmax": (lambda n, y: y.softmax(-1), 0),
@@ -125,7 +125,7 @@ def test_norms_are_folded_and_saved(tmp_path):
     assert [edit.kind for edit in slivo.edits.record(small)] == ["quantize", "quantize"]
     again = slivo.load(slivo.save(small, tmp_path / "net"), factory=make)
     assert torch.equal(again(x), small(x))
-    assert float((small(x) - net(x)).norm() / net(x).norm()) < 0.05
+    assert ((small(x) - net(x)).norm() / net(x).norm()).item() < 0.05
 
 
 def test_smoothing_follows_its_formula():
@@ -150,7 +150,7 @@ def test_smoothing_helps_where_channels_differ():
     x = torch.randn(64, 32)
 
     def lost(**options):
-        return float((slivo.quantize(net, batches=[x], **options)(x) - net(x)).norm())
+        return (slivo.quantize(net, batches=[x], **options)(x) - net(x)).norm().item()
 
     assert lost(smooth=0.5) < 0.5 * lost()
 

@@ -27,7 +27,7 @@ LAYERS = {"groups": 2, "stages": [{"prune": {}}]}
         ([{"prune": {"recover": {**KD, "losses": ["kdd"]}}}], r"recover.losses\[0\] is not valid: no loss is called 'kdd'"),  # noqa: E501
         ([{"distill": {**KD, "losses": [{"kd": {"temprature": 2}}]}}], r"losses\[0\] is not valid: .*temperature"),
         ([{"distill": {**KD, "losses": [{"kd": {"temperature": -2}}]}}], r"losses\[0\] is not valid: .*temperature"),
-        ([{"quantize": {"scheme": "int7"}}], r"scheme is 'int7'; one of: int8-static, int8-weights, int4-weights"),
+        ([{"quantize": {"scheme": "int7"}}], r"scheme is 'int7'; one of: int8-static, int8-dynamic, int8-w"),
         ([{"quantize": {"method": "gptq"}}], r"method goes with int8-weights or int4-weights; int8-static has it not"),
         ([{"quantize": {}}, {"distill": KD}], r"stages\[1\] comes after quantize; .* put distill before it"),
         ([{"export": {}}, {"quantize": {}}], r"stages\[1\] comes after export; .* put quantize before it"),

@@ -344,9 +344,12 @@ def round_to_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> T
 
 def _decode(codes: Tensor, scale: Tensor) -> Tensor:
     bounds = torch.iinfo(codes.dtype)
-    scale = scale.expand(codes.shape[0])
+    scale, zero_point = scale.expand(codes.shape[0]), None
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # Inductor (PyTorch 2.13) takes the operator only with zero points; exporters would write them into the file.
+        zero_point = torch.zeros_like(scale, dtype=torch.int64)
     decoded: Tensor = torch.ops.quantized_decomposed.dequantize_per_channel(
-        codes, scale, None, 0, bounds.min, bounds.max, codes.dtype
+        codes, scale, zero_point, 0, bounds.min, bounds.max, codes.dtype
     )
     return decoded
 

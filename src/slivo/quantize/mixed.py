@@ -32,7 +32,7 @@ class Damage:
         layer: Its path.
         damage: What it does to the model when it alone is quantized: Kullback-Leibler divergence in nats, or by how
             much the metric falls.
-        bytes: Of the layer's tensors, as it is.
+        bytes: Of the layer's tensors as it is, with the batch norm that is folded into it.
         quantized_bytes: The same once it is quantized.
     """
 
@@ -96,11 +96,13 @@ def sensitivity(
     assert isinstance(edit, Quantize)
     base = edits.apply(model, Quantize({}, edit.folded)).eval()
     judge = _judge(base, calls, metric)
+    behind = {layer: model.get_submodule(norm) for norm, layer in edit.folded.items()}
     found = []
     for name in edit.modules:
         old, new = base.get_submodule(name), whole.get_submodule(name)
+        before = _bytes(model.get_submodule(name)) + (_bytes(behind[name]) if name in behind else 0)
         with exchanged(base, [(old, new)]) as one:
-            found.append(Damage(name, judge(one), _bytes(old), _bytes(new)))
+            found.append(Damage(name, judge(one), before, _bytes(new)))
     return tuple(sorted(found, key=lambda each: each.damage))
 
 

@@ -50,10 +50,9 @@ def quantize(
             range: nothing is calibrated.
         batches: What the model is called with, some tens to hundreds of samples of the data it will see: tensors,
             tuples of positional arguments or mappings of keyword arguments. Ranges of activations come from them.
-        weight_bits: Width of the weights' codes, 2-8. Default: that of the name. 7 for ``int8-static`` and
-            ``int8-dynamic``, because
-            integer kernels of x86 processors without VNNI add two products in 16 bits, which eight-bit weights
-            overflow: results would be silently wrong there (not slightly: sums are cut off).
+        weight_bits: Width of the weights' codes, 2-8. Default: that of the name; but 7 for ``int8-static`` and
+            ``int8-dynamic``, because integer kernels of x86 processors without VNNI add two products in 16 bits, which
+            eight-bit weights overflow: results would be silently wrong there (not slightly: sums are cut off).
         group_size: Of the schemes of weights alone: how many consecutive weights of an output have a scale for
             themselves; the last group may be smaller. Or ``channel`` (default of ``int8-weights``), or ``tensor``.
             ``int4-weights`` has 64: 16 bits of a scale for 256 of codes, and coarse steps where there is one outlier,

@@ -185,6 +185,11 @@ class _Search:
         query, key, value = (self.carried.get(each, set()) for each in node.args[:3])  # type: ignore[arg-type]
         return axis in value and axis not in query | key
 
+    def _left_out(self, node: fx.Node, user: fx.Node) -> bool:
+        """Tell whether a part is taken of which an axis is no part: whole other axes."""
+        parts = operator_name(user.target) in ("slice", "narrow", "getitem")
+        return parts and self.carried.get(user, set()) <= self.carried.get(node, set())
+
     def _parameters(self, node: fx.Node, places: list[int], axis: Var) -> list[Slices]:
         """Return the slices of the parameters at places among the arguments; along dimension 0 of a layer's."""
         found = []
@@ -228,7 +233,7 @@ class _Search:
             return [Slices(tensor, dim, index)]
         if axis in self.carried.get(user, ()) and name not in _NORMS:
             return []  # what becomes of it there is seen there
-        if user.op == "call_function" and _is_number(user):
+        if user.op == "call_function" and (_is_number(user) or self._left_out(node, user)):
             return []
         raise _BrokenError
 
