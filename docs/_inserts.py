@@ -76,7 +76,8 @@ def recipe_keys() -> str:
         for name, info in part.model_fields.items():
             default = "needed" if info.is_required() else _default(info.get_default())
             rows.append((f"`{info.alias or name}`", info.description or "", default))
-        parts += [f"### {_title(part)}", inspect.getdoc(part) or "", _table(("key", "what it may be", "default"), rows)]
+        parts += [f"### {_title(part)}", inspect.getdoc(part) or ""]
+        parts += [_table(("key", "what it may be", "default"), rows)] if rows else []
     return "\n\n".join(parts)
 
 

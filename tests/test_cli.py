@@ -200,7 +200,7 @@ def test_inspect_shows_what_moves_together(call: Call, artifact: Path) -> None:
         (("inspect", "toys:net", "--input", "2,0"), "'2,0' is no shape"),
         (("inspect", "toys:net", "--arg", "width", "--input", "2,12"), "'width' is not of the form key=value"),
         (("export", "net", "--to", "tflite"), "'tflite' is no format to export to; there is: onnx"),
-        (("recipes", "--show", "x"), "'x' does not ship; there are: alternate, layered"),
+        (("recipes", "--show", "x"), "'x' does not ship; there are: alternate, deep-compression"),
         (("run",), "give a recipe, or --resume with --out"),
         (("run", "--resume"), "give a recipe, or --resume with --out"),
         (("prune",), "No such command 'prune'"),

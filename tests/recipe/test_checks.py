@@ -16,7 +16,7 @@ LAYERS = {"groups": 2, "stages": [{"prune": {}}]}
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([{}], r"stages\[0\] has nothing; a stage is a mapping with one key, one of: prune, distill"),
+        ([{}], r"stages\[0\] has nothing; a stage is a mapping with one key, one of: prune, drop, distill"),
         ([{"prune": PRUNE, "distill": KD}], r"stages\[0\] has prune and distill; a stage is a mapping with one key"),
         ([{"prune": {"criterion": "tailor"}}], r"criterion is 'tailor'; one of: .*Did you mean taylor"),
         ([{"prune": {"keep": {}}}], r"prune.keep is empty; give macs, params, bytes or latency"),

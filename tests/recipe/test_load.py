@@ -126,7 +126,7 @@ def test_a_setting_that_is_wrong_is_named(setting: str, message: str) -> None:
 def test_a_name_that_is_nothing_says_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError,
-        match=r"prune-then-destill is no file, and no recipe that ships: alternate, layered, .*Did you mean prune-then-distill",  # noqa: E501
+        match=r"prune-then-destill is no file, and no recipe that ships: alternate, deep-compression, .*Did you mean prune-then-distill",  # noqa: E501
     ):
         load("prune-then-destill")
     with pytest.raises(RecipeError, match="cannot be read: Is a directory"):

@@ -12,9 +12,12 @@ from slivo.prune.sparse.masks import check_sparsity
 from slivo.quantize import SCHEMES, WEIGHTS
 from slivo.recipe.cuts import PLANNED
 from slivo.recipe.lesson import on_sizes
+from slivo.recipe.plan import cut_of
 from slivo.recipe.schema import (
     Distill,
+    Drop,
     Factorize,
+    Joint,
     Keep,
     Layers,
     Part,
@@ -57,6 +60,24 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         kind, part = next(iter(stage.given.items()))
         yield from _part(recipe, (*path, kind), part)
     yield from _order(kinds)
+    yield from _teach(recipe)
+
+
+def _teach(recipe: Recipe) -> Iterator[Problem]:
+    places = [index for index, stage in enumerate(recipe.stages) if stage.teach is not None]
+    if not places:
+        return
+    if recipe.student.model is None:
+        yield ("stages", places[0], "teach"), "needs a student of its own; give student.model"
+    if recipe.committee is not None:
+        yield ("stages", places[0], "teach"), "and committee do not go together; leave one out"
+    if len(places) > 1:
+        yield ("stages", places[1], "teach"), "is there twice; one student becomes the teacher"
+    for path, stage in _walk(recipe.stages[: places[0]], ("stages",)):
+        kind, part = next(iter(stage.given.items()))
+        cut = cut_of(part)
+        if cut is not None and cut.keep is None:
+            yield (*path, kind), "comes before teach and has no keep; the target is for what comes after: give keep"
 
 
 def _committee(recipe: Recipe) -> Iterator[Problem]:
@@ -81,12 +102,20 @@ def _part(recipe: Recipe, path: Path, part: Part) -> Iterator[Problem]:
     """Yield what is wrong with one stage by itself."""
     if isinstance(part, Distill):
         yield from _losses(path, part)
+        if isinstance(part, Joint):
+            yield from _joint(recipe, path, part)
     elif isinstance(part, Prune):
         yield from _prune(recipe, path, part)
     elif isinstance(part, Quantize) and part.scheme not in SCHEMES:
         yield (*path, "scheme"), unknown(part.scheme, list(SCHEMES), "one of")
     elif isinstance(part, Quantize):
         yield from _quantize(path, part)
+    elif isinstance(part, Repeat) and part.until is not None:
+        yield from _until((*path, "until"), part)
+    elif isinstance(part, Drop):
+        yield from _keep((*path, "keep"), part.keep)
+        if part.keep.latency is not None or part.keep.latency_ms is not None:
+            yield (*path, "keep"), "has a latency, to which blocks are not dropped; keep macs, params or bytes"
     elif isinstance(part, Sparsify):
         yield from _sparsify(path, part)
     elif isinstance(part, Share) and part.codebook == "powers-of-two":
@@ -170,10 +199,54 @@ def _quantize(path: Path, part: Quantize) -> Iterator[Problem]:
     if part.aware is None:
         return
     yield from _losses((*path, "aware"), part.aware)
+    if part.aware.lora is not None:
+        yield (*path, "aware", "lora"), "trains beside the weights that aware rounds; leave it out"
     if part.scheme != "int8-static":
         yield (*path, "aware"), "is for int8-static, whose rounding it trains with; leave it out"
     if part.equalize or part.smooth is not None:
         yield (*path, "aware"), "learns ranges that equalize and smooth would change; leave these out"
+
+
+def _until(path: Path, part: Repeat) -> Iterator[Problem]:
+    assert part.until is not None
+    if not part.until.model_dump(exclude_none=True, exclude={"halvings"}):
+        yield path, "is empty; give max_drop, macs, params or bytes"
+    for inner, stage in _walk(part.stages, (*path[:-1], "stages")):
+        if stage.repeat is not None and stage.repeat.until is not None:
+            yield path, "is in a repeat inside, too; one of them decides: leave one out"
+        kind, held = next(iter(stage.given.items()), ("", part))
+        cut = cut_of(held)
+        if cut is not None and cut.keep is None:
+            yield (*inner, kind), "has no keep; rounds that may be taken back each need their own share: give keep"
+
+
+def _joint(recipe: Recipe, path: Path, part: Joint) -> Iterator[Problem]:
+    if (part.prune is None) == (part.sparsify is None) and not (part.prune is None and part.quantize is not None):
+        yield path, "needs prune, what is to vanish, or sparsify; one of them, or quantize alone"
+    if part.lora is not None:
+        yield (*path, "lora"), "trains beside the weights that vanish or are rounded; leave it out"
+    if part.prune is not None:
+        yield from _prune(recipe, (*path, "prune"), part.prune)
+        for name in ("recover", "pressure", "controlled"):
+            if getattr(part.prune, name) is not None:
+                yield (*path, "prune", name), "is a training of its own; a joint stage has one: leave it out"
+        if part.prune.schedule.steps != 1 or part.prune.refit:
+            yield (*path, "prune"), "has a schedule or refit; channels vanish in the training: leave these out"
+    if part.sparsify is not None:
+        yield from _sparsify((*path, "sparsify"), part.sparsify)
+        if part.sparsify.sparsity is None or part.sparsify.permute:
+            yield (*path, "sparsify"), "needs sparsity, a share of zeros to grow to, and no permute"
+        elif criteria.resolve(part.sparsify.criterion).needs_batches:
+            yield (
+                (*path, "sparsify", "criterion"),
+                "needs batches; within a training weights alone are scored, as by l1",
+            )
+    if part.quantize is not None:
+        yield from _quantize((*path, "quantize"), part.quantize)
+        if part.quantize.scheme != "int8-static":
+            yield (*path, "quantize", "scheme"), "is not int8-static, whose rounding can be rehearsed"
+        if part.quantize.aware is not None:
+            yield (*path, "quantize", "aware"), "is what a joint stage does; leave it out"
 
 
 def _sparsify(path: Path, part: Sparsify) -> Iterator[Problem]:
@@ -210,14 +283,18 @@ def _order(kinds: Sequence[tuple[Path, Stage]]) -> Iterator[Problem]:
     for path, stage in kinds:
         kind = next(iter(stage.given))
         held = len(path) > 2
-        if kind in ("quantize", "export") and held:
+        part = stage.given[kind]
+        integers = kind == "quantize" or (isinstance(part, Joint) and part.quantize is not None)
+        if (integers or kind in ("export", "teach")) and held:
             yield path, f"is a {kind} stage inside {path[-3]}; it belongs after it, once"
-        elif closed == "export":
+        elif closed == "export" and kind != "export":
             yield path, f"comes after export; what is exported must be final: put {kind} before it"
         elif closed == "quantize" and kind != "export":
             yield path, f"comes after quantize; integers are neither trained nor cut: put {kind} before it"
-        elif shares and kind in ("prune", "sparsify"):
+        elif shares and kind in ("prune", "drop", "sparsify", "joint"):
             yield path, f"comes after share; what shares values must be final: put {kind} before it"
-        shares = shares or kind == "share"
-        if kind in ("quantize", "export"):
-            closed = kind
+        elif shares and isinstance(part, Distill) and part.lora is not None:
+            yield (*path, kind, "lora"), "comes after share, and adapters would undo it; leave lora out"
+        shares = (shares or kind == "share") and kind != "teach"
+        if integers or kind == "export":
+            closed = "quantize" if integers else kind

@@ -42,7 +42,7 @@ def run_prune(work: Work, step: Step) -> Outcome:
     details: Details = {"criterion": part.criterion, "scope": part.scope}
     if part.controlled is not None:
         return _controlled(work, step, part, details)
-    keep, parts = budget(step.goal, work.whole), _globs(work, step, part)
+    keep, parts = budget(step.goal, work.whole, work.pace), _globs(work, step, part)
     options = {**_options(work, part), **parts, "keep": keep}
     timer = clock(tuple(first(value) for value in work.task.example_inputs)) if keep.timed else None
     options["timer"] = timer
@@ -104,9 +104,9 @@ def _pressed(
     inputs, student = work.task.example_inputs, duplicate(work.student)
     graph = trace(student, inputs)
     found = None
+    if part.kind == "hspg":
+        options = _vanishing(graph, options)
     if part.kind in PLANNED:
-        if part.kind == "hspg":  # zeros of such axes count, so that no cut goes without a trace
-            options = {**options, "exclude": [*options["exclude"], *(escape(name) for name in counted(graph))]}
         found = plan(student, inputs, graph=graph, **options)
     hook = _hook(part, graph, found, options)
     history = fitted(work, step, student, part, scratch=False, more=[hook])
@@ -114,6 +114,18 @@ def _pressed(
     if found is not None:
         details["left"] = round(pressure.left(student, graph, found), 6)
     return student, history, found
+
+
+def planned(work: Work, step: Step, part: Prune, graph: Graph) -> Plan:
+    """Return what of the student stays where the rest is to vanish in a training."""
+    assert step.goal is not None
+    options = _vanishing(graph, {**_options(work, part), "keep": budget(step.goal, work.whole, work.pace)})
+    return plan(work.student, work.task.example_inputs, graph=graph, **options)
+
+
+def _vanishing(graph: Graph, options: Details) -> Details:
+    """Leave out axes whose zeros count, so that no cut goes without a trace."""
+    return {**options, "exclude": [*options["exclude"], *(escape(name) for name in counted(graph))]}
 
 
 def _hook(part: Pressure, graph: Graph, found: Plan | None, options: Details) -> Hook:
@@ -155,7 +167,7 @@ def _controlled(work: Work, step: Step, part: Prune, details: Details) -> Outcom
     found = iterate(
         work.student,
         task.example_inputs,
-        keep=budget(step.goal, work.whole),
+        keep=budget(step.goal, work.whole, work.pace),
         recover=recover,
         validate=lambda model: quality(model, task, "val")[task.primary],
         max_drop=part.controlled.max_drop,
@@ -175,16 +187,16 @@ def _controlled(work: Work, step: Step, part: Prune, details: Details) -> Outcom
     return Outcome(student, details, history)
 
 
-def budget(goal: Goal, whole: Costs) -> Budget:
-    """Return a goal as absolute counts, given the costs that it is a share of.
+def budget(goal: Goal, whole: Costs, pace: float = 1.0) -> Budget:
+    """Return a goal as absolute counts, given the costs that it is a share of; shares are raised to the pace.
 
     Latency stays a share, but of the student as it is: ``whole`` holds how many times slower it was (`since`).
     """
     counts = {
-        name: None if share is None else max(1, int(share * whole[name]))
+        name: None if share is None else max(1, int(share**pace * whole[name]))
         for name, share in (("macs", goal.macs), ("params", goal.params), ("bytes", goal.bytes))
     }
-    latency = None if goal.latency is None else min(1.0, goal.latency * whole.get("latency", 1.0))
+    latency = None if goal.latency is None else min(1.0, goal.latency**pace * whole.get("latency", 1.0))
     return Budget(**counts, latency=latency, latency_ms=goal.latency_ms)
 
 

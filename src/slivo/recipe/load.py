@@ -30,8 +30,8 @@ def shipped() -> dict[str, str]:
     """Return the recipes that ship with the package, as YAML, by name.
 
     Example:
-        >>> sorted(shipped())
-        ['alternate', 'layered', 'low-rank-then-distill', 'prune-then-distill']
+        >>> "prune-then-distill" in shipped()
+        True
     """
     folder = resources.files("slivo") / "recipes"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)

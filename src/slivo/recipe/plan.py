@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from slivo.prune import steps as shares
-from slivo.recipe.schema import Keep, Layers, Part, Prune, Recipe, Stage, Teacher
+from slivo.recipe.schema import Joint, Keep, Layers, Part, Prune, Recipe, Stage, Teacher, Until
 from slivo.recipe.text import Path
 
 
@@ -53,17 +53,34 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Round:
+    """One round of several that end where validation or costs say so.
+
+    Args:
+        until: What says so.
+        place: Where the rounds are in the recipe.
+        index: Which round, from 0.
+        since: The round's first step.
+    """
+
+    until: Until
+    place: Path
+    index: int
+    since: int
+
+
+@dataclass(frozen=True)
 class Step:
     """One thing that a run does; what it leaves is kept before the next begins.
 
     Args:
-        kind: ``teacher``, ``member`` (of a committee), ``prune``, ``recover``, ``distill``, ``finetune``,
-            ``sparsify``, ``factorize``, ``quantize`` or ``export``.
+        kind: ``teacher``, ``member`` (of a committee), ``recover``, or the kind of a stage.
         label: What to call it.
         path: Where in the recipe it is said.
         part: What the recipe says.
-        goal: Of a prune step.
+        goal: Of a step that cuts.
         piece: The part of the network, inside ``layers``.
+        turn: The round, inside a ``repeat`` with ``until``.
     """
 
     kind: str
@@ -72,11 +89,12 @@ class Step:
     part: Part
     goal: Goal | None = None
     piece: Piece | None = None
+    turn: Round | None = None
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """A prune step before its goal is known: a step ``of`` several of the prune stage ``stage``."""
+    """A step that cuts, before its goal is known: one of several of the prune stage ``stage``."""
 
     step: Step
     stage: tuple[object, ...]
@@ -115,8 +133,11 @@ def _lay(found: list[Step | _Cut], stage: Stage, path: Path, suffix: str, piece:
     kind, part = next(iter(stage.given.items()))
     if stage.repeat is not None:
         for number in range(stage.repeat.times):
+            since, until = len(found), stage.repeat.until
             for index, inner in enumerate(stage.repeat.stages):
                 _lay(found, inner, (*path, kind, "stages", index), f", round {number + 1}/{stage.repeat.times}")
+            if until is not None:
+                found[since:] = [_turned(item, Round(until, path, number, since)) for item in found[since:]]
     elif stage.layers is not None:
         first = Piece(stage.layers, 0, len(found))
         for number in range(first.count):
@@ -132,7 +153,25 @@ def _lay(found: list[Step | _Cut], stage: Stage, path: Path, suffix: str, piece:
             if part.recover is not None and part.controlled is None:
                 found.append(Step("recover", f"recover{of}", (*path, kind, "recover"), part.recover))
     else:
-        found.append(Step(kind, f"{kind}{suffix}", (*path, kind), part, piece=piece))
+        step = Step(kind, f"{kind}{suffix}", (*path, kind), part, piece=piece)
+        cut = cut_of(part)
+        found.append(step if cut is None else _Cut(step, (kind, len(found)), cut.keep))
+
+
+def _turned(item: Step | _Cut, turn: Round) -> Step | _Cut:
+    return replace(item, turn=turn) if isinstance(item, Step) else replace(item, step=replace(item.step, turn=turn))
+
+
+def taught(steps: Sequence[Step]) -> int:
+    """Return the step at which the student becomes the teacher; -1 if none is."""
+    return next((index for index, step in enumerate(steps) if step.kind == "teach"), -1)
+
+
+def cut_of(part: Part) -> Prune | None:
+    """Return what a part says of a cut, if it cuts."""
+    if isinstance(part, Joint):
+        return part.prune
+    return part if isinstance(part, Prune) else None
 
 
 def _with_goals(found: Sequence[Step | _Cut], recipe: Recipe) -> list[Step]:
@@ -166,8 +205,8 @@ def _goals(
     end: tuple[float | None, ...],
 ) -> Iterator[Goal]:
     """Yield the goals of a stage's steps, from some shares (of MACs, parameters, …) to others."""
-    part = stage[0][1].step.part
-    assert isinstance(part, Prune)
+    part = cut_of(stage[0][1].step.part)
+    assert part is not None
     parted = stage[0][1].step.piece is not None
 
     def shared(first: float | None, last: float | None) -> list[float | None]:

@@ -19,8 +19,9 @@ from slivo.recipe.cuts import budget
 from slivo.recipe.lesson import check
 from slivo.recipe.load import Loaded
 from slivo.recipe.models import Origin, live, made, named
-from slivo.recipe.plan import Goal, Step, plan
+from slivo.recipe.plan import Goal, Step, cut_of, plan, taught
 from slivo.recipe.schema import Distill, Inherit, Prune
+from slivo.recipe.work import adapted
 from slivo.tasks import Task
 
 
@@ -50,6 +51,15 @@ class Job:
     def student_origin(self) -> Origin:
         """What the student's edits start from."""
         return self.student or self.teacher
+
+    @property
+    def taught(self) -> int:
+        """The step at which a student becomes the teacher; -1 if none does."""
+        return taught(self.steps)
+
+    def origin(self, index: int) -> Origin:
+        """Return what the edits start from of the student that a step leaves."""
+        return self.teacher if index <= self.taught else self.student_origin
 
 
 def prepare(loaded: Loaded, *, task: Task | None = None, model: nn.Module | None = None, seed: int = 0) -> Job:
@@ -87,7 +97,7 @@ def prepare(loaded: Loaded, *, task: Task | None = None, model: nn.Module | None
     for network in networks:
         tasks.check(task, network)
     steps = plan(loaded.recipe)
-    _check_budget(steps, networks[0], networks[-1], task)
+    _check_budget(steps, networks[0], networks[0] if taught(steps) > 0 else networks[-1], task)
     _check_lessons(loaded, steps, networks, task)
     return Job(loaded, steps, task, teacher, student, tuple(others), seed)
 
@@ -106,10 +116,14 @@ def _check_lessons(loaded: Loaded, steps: list[Step], networks: list[nn.Module],
             )
     if committee is not None and committee.voices == "learned" and not task.kind.endswith("classification"):
         raise source.error(("committee", "voices"), f"are learned from classes, and the task is of kind {task.kind!r}")
-    for step in {step.path: step for step in steps if isinstance(step.part, Distill)}.values():
+    lessons = {step.path: index for index, step in enumerate(steps) if isinstance(step.part, Distill)}
+    for step, index in ((steps[index], index) for index in lessons.values()):
         assert isinstance(step.part, Distill)
+        student = networks[0] if index <= taught(steps) else networks[-1]
         try:
-            check(step.part, task, networks[-1], networks[0], several=committee is not None)
+            check(step.part, task, student, networks[0], several=committee is not None)
+            if step.part.lora is not None:
+                adapted(student, step.part.lora, 0)
         except SlivoError as error:
             raise source.error(step.path, f"cannot be done: {error}") from error
 
@@ -145,11 +159,11 @@ def _place(loaded: Loaded, *path: str | int) -> Iterator[None]:
 
 def _check_budget(steps: list[Step], teacher: nn.Module, student: nn.Module, task: Task) -> None:
     """Find out, with networks that may not be trained yet, whether what the first prune stage asks for can be had."""
-    cuts = [step for step in steps if step.kind == "prune" and step.goal is not None]
+    cuts = [step for step in steps if step.goal is not None]
     if not cuts or cuts[0].piece is not None:
         return  # parts are cut one by one, and each by what the others leave it
-    part = cuts[0].part
-    assert isinstance(part, Prune)
+    part = cut_of(cuts[0].part)
+    assert part is not None
     graph = trace(student, task.example_inputs)
     whole = graph if teacher is student else trace(teacher, task.example_inputs)
     scores = {axis.name: np.ones(axis.size) for axis in select(graph, only=part.only, exclude=part.exclude)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ from slivo.tasks import Task, loader
 BATCHES = (1, 64)
 """Batch sizes at which latency is measured."""
 
+PACKED = "student.slivo"
+"""The student as one coded file."""
+
 _REPEATS = {1: 200, 64: 40}
 
 Measured = dict[str, Any]
 
 
 def summarize(
-    models: Mapping[str, nn.Module], task: Task, folder: Path, *, target: Mapping[str, float], exported: bool
+    models: Mapping[str, nn.Module], task: Task, folder: Path, *, target: Mapping[str, float], exported: Collection[str]
 ) -> dict[str, Any]:
     """Return what ``summary.json`` holds, less what only the run knows.
 
@@ -35,11 +38,14 @@ def summarize(
         task: Quality is measured on its test data.
         folder: Of the run, with both artifacts, and both ONNX files if the run exports.
         target: What was asked for.
-        exported: Whether latency is that of the ONNX files in ONNX Runtime, or that of the models in PyTorch.
+        exported: To what the run exported: latency is that of ONNX files in ONNX Runtime, or that of the models in
+            PyTorch; bytes are those of the packed student, or of the artifacts.
     """
-    found = {name: _measured(model, task, folder / name) for name, model in models.items()}
+    to_onnx = "onnx" in exported
+    places = {name: folder / name for name in models} | ({"student": folder / PACKED} if "packed" in exported else {})
+    found = {name: _measured(model, task, places[name]) for name, model in models.items()}
     runs = {
-        name: _exported(folder / f"{name}.onnx") if exported else _in_pytorch(model) for name, model in models.items()
+        name: _exported(folder / f"{name}.onnx") if to_onnx else _in_pytorch(model) for name, model in models.items()
     }
     for size in BATCHES:
         inputs = _batch(task, size)
@@ -48,7 +54,7 @@ def summarize(
             found[name].setdefault("latency_ms", {})[str(size)] = [p50, p95]
     summary: dict[str, Any] = {**found, "target": dict(target)}
     summary["met"] = not misses(summary, task.primary)
-    summary["runtime"] = _runtime(exported)
+    summary["runtime"] = _runtime(to_onnx)
     return summary
 
 

@@ -21,19 +21,24 @@ from torch import Tensor, nn
 import slivo
 from slivo.errors import ArtifactError, SlivoError
 from slivo.graph.copies import duplicate
+from slivo.recipe import course, result
 from slivo.recipe import folder as files
-from slivo.recipe import result
+from slivo.recipe.course import Start
 from slivo.recipe.cuts import since
 from slivo.recipe.load import Loaded
 from slivo.recipe.models import made
 from slivo.recipe.plan import Step
 from slivo.recipe.prepare import Job, first_weights, prepare
+from slivo.recipe.schema import Export
 from slivo.recipe.stages import STAGES
 from slivo.recipe.watch import Watch
 from slivo.recipe.work import Outcome, Work, measured
 from slivo.tasks import Task
 
 CHECKPOINTS = "checkpoints"
+
+COACH = "coach"
+"""The student that became the teacher."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,9 @@ class _Run:
         self.epochs, self.checkpoints = path / files.EPOCHS, path / CHECKPOINTS
         self.spent, self.began = float(book["seconds"]), time.perf_counter()
         self.teacher: nn.Module | None = None
+        self.coach: nn.Module | None = None
         self.student: nn.Module | None = None
+        self.held = 0  # the step that left the student at hand
         self.chosen: list[dict[str, str]] = []
 
     def restore(self) -> None:
@@ -132,17 +139,32 @@ class _Run:
         files.write_rows(self.epochs, rows)
         if done:
             self.teacher = self.job.teacher.load(self.path / "teacher").eval()
-        if done > 1:
-            self.student = self.job.student_origin.load(self.kept(done - 1)).eval()
+            self.take_up(self.start(done).source)
+        if 0 < self.job.taught < done:
+            self.coach = self.job.teacher.load(self.path / COACH).eval()
+
+    def start(self, index: int) -> Start:
+        """Return how a step begins."""
+        return course.start(self.job.steps, self.book["stages"], index, self.job.task.primary)
+
+    def take_up(self, source: int) -> None:
+        """Have at hand the student that a step left; that of the teacher's step is made when it is needed."""
+        if source != self.held:
+            self.student = self.job.origin(source).load(self.kept(source)).eval() if source else None
+            self.held = source
 
     def step(self, index: int) -> None:
         """Do one step, and keep what it leaves before the step counts as done."""
-        step, started = self.job.steps[index], time.perf_counter()
+        step, started, start = self.job.steps[index], time.perf_counter(), self.start(index)
+        self.take_up(start.source)
+        if start.skip:
+            self.leave_out(index, step, start)
+            return
         self.watch.started(step.label, index, len(self.job.steps))
         torch.manual_seed(self.seed(index))  # so that a step does not depend on what this process did before
         with _warnings() as warned:
-            before = self.before(index)
-            outcome = STAGES[step.kind](self.work(index, step, before), step)
+            before = self.before(index, start)
+            outcome = STAGES[step.kind](self.work(index, step, before, start.pace), step)
         self.keep(index, step, outcome)
         record = {
             "index": index,
@@ -154,32 +176,61 @@ class _Run:
             "details": outcome.details,
         }
         self.book["stages"].append(record)
+        judged = course.decision(self.job.steps, self.book["stages"], index, self.job.task.primary)
         self.book["decisions"] += [
-            *self.chosen, *({"stage": step.label, "what": "warned", "why": text} for text in warned)
-        ]  # fmt: skip
+            *self.chosen,
+            *({"stage": step.label, "what": "warned", "why": text} for text in warned),
+            *([judged] if judged is not None else []),
+        ]
         self.chosen = []
         self.save()
         for file in self.checkpoints.glob(f"{index:03}.*fit"):  # of one training, or of several
             file.unlink(missing_ok=True)
-        shutil.rmtree(self.kept(index - 1), ignore_errors=True)
+        self.clear(index, step, start)
         self.watch.finished(record)
 
-    def before(self, index: int) -> dict[str, Any] | None:
+    def leave_out(self, index: int, step: Step, start: Start) -> None:
+        """Write down that a step is not done."""
+        after = self.book["stages"][start.source]["after"]
+        details = {course.SKIPPED: start.skip}
+        record = {
+            "index": index,
+            "kind": step.kind,
+            "label": step.label,
+            "seconds": 0.0,
+            "before": after,
+            "after": after,
+        }
+        self.book["stages"].append({**record, "details": details})
+        self.save()
+
+    def clear(self, index: int, step: Step, start: Start) -> None:
+        """Remove students that no step will start from: all but the last, and the one that a round may go back to."""
+        back = start.source
+        if step.turn is not None:
+            back = course.start(self.job.steps, self.book["stages"], step.turn.since, self.job.task.primary).source
+        needed = {self.kept(index), *([self.kept(back)] if step.turn is not None else [])}
+        for folder in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
+            if folder.name.isdigit() and folder not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def before(self, index: int, start: Start) -> dict[str, Any] | None:
         """Make what the step starts from, where it is not there yet; returns what is measured of it."""
         if index == 0:
             self.teacher = made(self.job.teacher, self.job.seed)
             return None
         if self.student is None:
-            self.student = self.first_student()
-        stages = self.book["stages"]
-        first = index == 1 and self.job.student is not None
-        found: dict[str, Any] = measured(self.student, self.job.task) if first else stages[-1]["after"]
+            self.student = self.first_student(index)
+        first = start.source == 0 and self.job.origin(index) is self.job.student
+        found: dict[str, Any] = (
+            measured(self.student, self.job.task) if first else self.book["stages"][start.source]["after"]
+        )
         return found
 
-    def first_student(self) -> nn.Module:
-        """Return what the student is before the first stage."""
+    def first_student(self, index: int) -> nn.Module:
+        """Return what the student is before its first stage."""
         assert self.teacher is not None
-        if self.job.student is None:
+        if self.job.student is None or self.job.origin(index) is not self.job.student:
             return duplicate(self.teacher)
         student, part = made(self.job.student, self.job.seed), self.job.loaded.recipe.student.inherit
         if part is None:
@@ -190,7 +241,7 @@ class _Run:
         self.chosen = [{"stage": "student", "what": "inherited", "why": why}]
         return found.model
 
-    def work(self, index: int, step: Step, before: Mapping[str, Any] | None) -> Work:
+    def work(self, index: int, step: Step, before: Mapping[str, Any] | None, pace: float) -> Work:
         """Return what a step works with."""
         stages, whole = self.book["stages"], dict(before or {})
         if step.goal is not None and step.goal.since != index:
@@ -199,7 +250,7 @@ class _Run:
         assert self.teacher is not None
         return Work(
             task=self.job.task,
-            teacher=self.teacher,
+            teacher=self.teacher if self.coach is None or step.kind == "export" else self.coach,
             student=self.student or self.teacher,
             folder=self.path,
             seed=self.seed(index),
@@ -207,6 +258,8 @@ class _Run:
             watch=self.watch,
             on_epoch=lambda row: files.append_row(self.epochs, _row(index, step, row)),
             checkpoint=self.checkpoint(index),
+            origin=self.job.origin(index),
+            pace=pace,
             committee=self.job.loaded.recipe.committee,
             others=self.job.others,
         )
@@ -216,9 +269,12 @@ class _Run:
         if step.kind == "teacher":
             self.teacher = outcome.student
             self.job.teacher.save(self.teacher, self.path / "teacher", self.meta("teacher"))
+        elif step.kind == "teach":
+            self.coach, self.student, self.held = outcome.student, None, 0
+            self.job.teacher.save(self.coach, self.path / COACH, self.meta("coach"))
         else:
-            self.student = outcome.student
-            self.job.student_origin.save(self.student, self.kept(index), {})
+            self.student, self.held = outcome.student, index
+            self.job.origin(index).save(self.student, self.kept(index), {})
         # A kill may have come between a checkpoint and its row.
         rows = [row for row in files.read_rows(self.epochs) if row["stage"] < index]
         files.write_rows(self.epochs, [*rows, *(_row(index, step, row) for row in outcome.history)])
@@ -227,6 +283,7 @@ class _Run:
         """Save the student, measure both networks as they were saved, and write down how they compare."""
         count, task, recipe = len(self.job.steps), self.job.task, self.job.loaded.recipe
         self.watch.started("measure", count, count)
+        self.take_up(self.start(count).source)
         assert self.teacher is not None
         self.job.student_origin.save(self.student or self.teacher, self.path / "student", self.meta("student"))
         models = {"teacher": self.teacher.eval(), "student": (self.student or self.teacher).eval()}
@@ -238,7 +295,7 @@ class _Run:
             task,
             self.path,
             target=recipe.target.model_dump(exclude_none=True),
-            exported=any(step.kind == "export" for step in self.job.steps),
+            exported={step.part.to for step in self.job.steps if isinstance(step.part, Export)},
         )
         self.book |= {**result.compared(models, task), "status": "done"}
         self.save()

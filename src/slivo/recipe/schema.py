@@ -78,6 +78,17 @@ class Cache(Part):
     )
 
 
+class Lora(Part):
+    """Adapters of low rank that are trained in place of the student's weights, and added to them afterwards."""
+
+    targets: list[str] = Field(
+        default=[], description="a list of globs over paths of layers; left out for all but the head"
+    )
+    rank: Count = Field(default=8, description=_AT_LEAST_ONE)
+    alpha: Annotated[float, Field(gt=0)] | None = Field(default=None, description="above 0; the rank if left out")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.0, description="0 up to, not including, 1")
+
+
 class Distill(Fit):
     """A training by the task's loss and by what the teacher says."""
 
@@ -89,6 +100,9 @@ class Distill(Fit):
     )
     label_weight: Annotated[float, Field(ge=0)] = Field(
         default=0.1, description="the weight of the task's own loss, 0 or above"
+    )
+    lora: Annotated[Lora | None, BeforeValidator(_as_mapping)] = Field(
+        default=None, description="true, or a mapping with targets, rank, alpha and dropout"
     )
 
 
@@ -173,6 +187,15 @@ class Prune(Part):
         return self.schedule.steps if self.controlled is None else 1
 
 
+class Drop(Part):
+    """Take out the blocks that change least what passes through them; the share is of what the student has then."""
+
+    keep: Keep = Field(description="a mapping with macs, params or bytes")
+    only: list[str] = Field(default=[], description="a list of globs over paths of blocks")
+    exclude: list[str] = Field(default=[], description="a list of globs over paths of blocks")
+    samples: Count = Field(default=512, description=_AT_LEAST_ONE)
+
+
 class Sparsify(Part):
     """Set the least important weights to zero; trainings that come after it keep the zeros."""
 
@@ -243,16 +266,52 @@ class Quantize(Part):
     )
 
 
-class Export(Part):
-    """Write teacher and student for another runtime."""
+class Joint(Distill):
+    """One training in which channels, or weights, vanish and rounding is rehearsed; then they go, and integers come.
 
-    to: Literal["onnx"] = Field(default="onnx", description="onnx")
+    Of ``prune``, ``sparsify`` and ``quantize`` those that are given happen at once; ``prune`` and ``sparsify`` exclude
+    each other.
+    """
+
+    prune: Prune | None = Field(default=None, description="a mapping with criterion, keep, …; what is to vanish")
+    sparsify: Sparsify | None = Field(default=None, description="a mapping with sparsity, …")
+    quantize: Quantize | None = Field(default=None, description="a mapping with weight_bits, …")
+    vanish: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="by when all is gone: a share of the training, 0.5 if left out"
+    )
+
+
+class Export(Part):
+    """Write teacher and student for another runtime, or the student as one coded file."""
+
+    to: Literal["onnx", "packed"] = Field(default="onnx", description="onnx or packed")
+
+
+class Until(Part):
+    """When rounds end: at these shares of the teacher's costs, all of them, or where validation forbids more.
+
+    A round that loses too much is taken back, and the next goes at half the pace: each keep to the power of a half, and
+    half the learning rate.
+    """
+
+    macs: Portion | None = Field(default=None, description=SHARE)
+    params: Portion | None = Field(default=None, description=SHARE)
+    bytes: Portion | None = Field(default=None, description=SHARE)
+    max_drop: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="how much of the task's metric on the validation data may be lost, 0 to 1"
+    )
+    halvings: Annotated[int, Field(ge=0)] = Field(default=2, description="how often the pace may be halved, 0 or more")
+
+
+class Teach(Part):
+    """The student as it is now becomes the teacher; the recipe's own student starts."""
 
 
 class Repeat(Part):
     """Several rounds of the same stages."""
 
     times: Count = Field(description=_AT_LEAST_ONE)
+    until: Until | None = Field(default=None, description="a mapping with macs, params, bytes and max_drop")
     stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="a list of stages")
 
 
@@ -270,12 +329,15 @@ class Stage(Part):
     """One stage: a mapping with one key, the kind of the stage."""
 
     prune: Prune | None = Field(default=None, description="a mapping with criterion, keep, …")
+    drop: Drop | None = Field(default=None, description="a mapping with keep, …")
     distill: Distill | None = Field(default=None, description="a mapping with losses, epochs, …")
     finetune: Fit | None = Field(default=None, description="a mapping with epochs, …")
     sparsify: Sparsify | None = Field(default=None, description="a mapping with sparsity, pattern, …")
     share: Share | None = Field(default=None, description="a mapping with clusters, codebook, …")
     factorize: Factorize | None = Field(default=None, description="a mapping with keep or energy, …")
     quantize: Quantize | None = Field(default=None, description="a mapping with scheme, …")
+    joint: Joint | None = Field(default=None, description="a mapping with losses, epochs, prune, quantize, …")
+    teach: Annotated[Teach | None, BeforeValidator(_as_mapping)] = Field(default=None, description="true")
     export: Export | None = Field(default=None, description="a mapping with to")
     repeat: Repeat | None = Field(default=None, description="a mapping with times and stages")
     layers: Layers | None = Field(default=None, description="a mapping with groups or modules, and stages")

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from slivo import edits
+from slivo import artifact, edits
 from slivo.export import onnx
 from slivo.export.bench import Running
 from slivo.factorize import factorize
 from slivo.graph.copies import duplicate
 from slivo.measure import clock, quality
-from slivo.prune import Budget, permute, sparsify, sparsity
-from slivo.quantize import QuantizationAware, quantize
+from slivo.prune import Budget, drop, permute, sparsify, sparsity
 from slivo.recipe.cuts import first, run_prune
+from slivo.recipe.joint import run_joint
 from slivo.recipe.models import made
 from slivo.recipe.plan import Step
-from slivo.recipe.schema import Distill, Factorize, Fit, Quantize, Share, Sparsify, Teacher
+from slivo.recipe.result import PACKED
+from slivo.recipe.rounding import run_quantize
+from slivo.recipe.schema import Distill, Drop, Export, Factorize, Fit, Keep, Share, Sparsify, Teacher
 from slivo.recipe.work import Details, Outcome, Work, data, distilled, fitted, samples, weighing
 from slivo.share import share
 
@@ -66,6 +68,32 @@ def run_finetune(work: Work, step: Step) -> Outcome:
     return Outcome(student, {"epochs": part.epochs}, fitted(work, step, student, part, scratch=False))
 
 
+def run_drop(work: Work, step: Step) -> Outcome:
+    """Take blocks out of the student."""
+    part = step.part
+    assert isinstance(part, Drop)
+    batches = [work.task.inputs(batch) for batch in samples(work, part.samples)]
+    keep = _budget(part.keep, work.pace)
+    student = drop(
+        work.student, work.task.example_inputs, keep=keep, only=part.only, exclude=part.exclude, batches=batches
+    )
+    made = edits.record(student)[-1]
+    assert isinstance(made, edits.Drop)
+    return Outcome(student, {"blocks": [block.module for block in made.blocks]}, [])
+
+
+def _budget(keep: Keep, pace: float) -> Budget:
+    """Return what may stay, its shares raised to the pace."""
+    given = keep.model_dump(exclude_none=True)
+    return Budget(**{name: value if name == "latency_ms" else value**pace for name, value in given.items()})
+
+
+def run_teach(work: Work, step: Step) -> Outcome:
+    """Hand on the student as it is: the run makes it the teacher."""
+    del step
+    return Outcome(work.student, {}, [])
+
+
 def run_sparsify(work: Work, step: Step) -> Outcome:
     """Set weights of the student to zero."""
     part, task, student = step.part, work.task, work.student
@@ -100,7 +128,7 @@ def run_factorize(work: Work, step: Step) -> Outcome:
     """Put products of thin layers in the place of the student's wide ones."""
     part, task = step.part, work.task
     assert isinstance(part, Factorize)
-    keep = None if part.keep is None else Budget(**part.keep.model_dump())
+    keep = None if part.keep is None else _budget(part.keep, work.pace)
     student = factorize(
         work.student,
         task.example_inputs,
@@ -119,39 +147,13 @@ def run_factorize(work: Work, step: Step) -> Outcome:
     return Outcome(student, {"layers": len(made.modules), "left": len(made.left), "method": part.method}, [])
 
 
-def run_quantize(work: Work, step: Step) -> Outcome:
-    """Turn the student's weights into integers."""
-    part = step.part
-    assert isinstance(part, Quantize)
-    batches = [work.task.inputs(batch) for batch in samples(work, part.samples)]
-    given = {"weight_bits": part.weight_bits, "group_size": part.group_size, "method": part.method}
-    said = {name: value for name, value in given.items() if value is not None}
-    details: Details = {"scheme": part.scheme, "samples": part.samples, **said}
-    trained, learned = Outcome(work.student, {}, []), None
-    if part.aware is not None:
-        learned = QuantizationAware(batches, weight_bits=part.weight_bits or 7, exclude=part.exclude)
-        trained = distilled(work, step.label, part.aware, more=[learned])
-        details["aware"] = trained.details
-    student = quantize(
-        trained.student,
-        part.scheme,
-        batches=batches,
-        weight_bits=part.weight_bits,
-        group_size=part.group_size,
-        symmetric=part.symmetric,
-        method=part.method,
-        exclude=part.exclude,
-        equalize=part.equalize,
-        smooth=part.smooth,
-        correct_bias=part.correct_bias,
-        ranges=None if learned is None else learned.ranges,
-    )
-    return Outcome(student, details, trained.history)
-
-
 def run_export(work: Work, step: Step) -> Outcome:
-    """Write teacher and student as ONNX files; the student goes on unchanged."""
-    del step
+    """Write teacher and student as ONNX files, or the student as one that is packed; the student goes on unchanged."""
+    assert isinstance(step.part, Export)
+    if step.part.to == "packed":
+        file = work.folder / PACKED
+        packed = artifact.pack(work.student, file, factory=work.origin.factory, args=work.origin.args)
+        return Outcome(work.student, {"to": "packed", "files": [file.name], "bytes": packed.bytes}, [])
     files = {name: work.folder / f"{name}.onnx" for name in ("teacher", "student")}
     for file, model in zip(files.values(), (work.teacher, work.student), strict=True):
         onnx.export(model, file, work.task.example_inputs)
@@ -170,10 +172,13 @@ STAGES: Mapping[str, Callable[[Work, Step], Outcome]] = {
     "recover": run_distill,
     "distill": run_distill,
     "finetune": run_finetune,
+    "drop": run_drop,
     "sparsify": run_sparsify,
     "share": run_share,
     "factorize": run_factorize,
     "quantize": run_quantize,
+    "joint": run_joint,
+    "teach": run_teach,
     "export": run_export,
 }
 """What each kind of step does."""

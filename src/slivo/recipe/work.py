@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slivo.distill import distill
+from slivo.distill import distill, lora, merge_lora
 from slivo.measure import cost, quality
 from slivo.prune import HoldMasks, criteria
 from slivo.prune.sparse.masks import masked
 from slivo.recipe.lesson import lesson
 from slivo.recipe.models import Origin
 from slivo.recipe.plan import Step
-from slivo.recipe.schema import Committee, Distill, Fit, Optimizer, Prune, Sparsify
+from slivo.recipe.schema import Committee, Distill, Fit, Lora, Optimizer, Prune, Sparsify
 from slivo.recipe.watch import Watch
 from slivo.share import TrainValues, shared
 from slivo.tasks import Task, forward, loader
@@ -43,6 +43,8 @@ class Work:
         watch: Hears of progress.
         on_epoch: Gets each row of a training.
         checkpoint: A file of the step's own for a training to resume from.
+        origin: What the student's edits start from.
+        pace: By which learning rates and what goes are less, after a round that lost too much.
         committee: How several teachers speak with one voice; None if there is one.
         others: How those are made that teach beside the teacher.
     """
@@ -56,6 +58,8 @@ class Work:
     watch: Watch
     on_epoch: Callable[[Mapping[str, Any]], None]
     checkpoint: Path
+    origin: Origin
+    pace: float = 1.0
     committee: Committee | None = None
     others: Sequence[Origin] = ()
 
@@ -84,12 +88,12 @@ def measured(model: nn.Module, task: Task) -> dict[str, float]:
     }
 
 
-def optimizer(part: Optimizer, *, scratch: bool) -> OptimizerSpec:
+def optimizer(part: Optimizer, *, scratch: bool, pace: float = 1.0) -> OptimizerSpec:
     """Return the optimizer that a recipe asks for; without a learning rate, one that suits the start."""
     given = part.model_dump()
     if given["lr"] is None:
         given["lr"] = _FROM_SCRATCH[part.kind] * (1.0 if scratch else 0.1)
-    return OptimizerSpec(**given)
+    return OptimizerSpec(**{**given, "lr": pace * given["lr"]})
 
 
 def distilled(work: Work, label: str, part: Distill, *, more: Sequence[Hook] = ()) -> Outcome:
@@ -105,13 +109,14 @@ def distilled(work: Work, label: str, part: Distill, *, more: Sequence[Hook] = (
         folder=work.checkpoint.parent / "teacher-cache",
         progress=lambda done, total: work.watch.progress(f"{label}, asking the teacher", done, total, {}),
     )
+    student = work.student if part.lora is None else adapted(work.student, part.lora, work.seed)
     result = distill(
-        work.student,
+        student,
         given.teacher,
         given.task,
         given.terms,
         epochs=part.epochs,
-        optimizer=optimizer(part.optimizer, scratch=False),
+        optimizer=optimizer(part.optimizer, scratch=False, pace=work.pace),
         batch_size=part.batch_size,
         label_weight=part.label_weight,
         seed=work.seed,
@@ -120,7 +125,14 @@ def distilled(work: Work, label: str, part: Distill, *, more: Sequence[Hook] = (
         on_epoch=work.on_epoch,
         precision=part.precision,
     )
-    return Outcome(result.model, given.details, result.history)
+    if part.lora is None:
+        return Outcome(result.model, given.details, result.history)
+    return Outcome(merge_lora(result.model), {**given.details, "rank": part.lora.rank}, result.history)
+
+
+def adapted(student: nn.Module, part: Lora, seed: int) -> nn.Module:
+    """Return a student with adapters to train in its place."""
+    return lora(student, part.targets or None, rank=part.rank, alpha=part.alpha, dropout=part.dropout, seed=seed)
 
 
 def fitted(
@@ -137,7 +149,7 @@ def fitted(
         loader(task, "train", batch_size=part.batch_size, seed=work.seed),
         objective,
         epochs=part.epochs,
-        optimizer=optimizer(part.optimizer, scratch=scratch),
+        optimizer=optimizer(part.optimizer, scratch=scratch, pace=work.pace),
         hooks=[*hooks(work, step.label, model), *more],
         validate=lambda model: quality(model, task, "val"),
         seed=work.seed,
