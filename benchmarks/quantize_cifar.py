@@ -48,6 +48,7 @@ def judged(model: nn.Module, name: str, test: Images, options: Any, folder: Path
     found: dict[str, Any] = {"setting": name}
     found["accuracy, PyTorch"] = accuracy(model, some(test, options.pytorch))
     found["bytes"] = artifact.size_bytes(slivo.save(model, folder / name.replace(" ", "-")))
+    found["bytes, packed"] = slivo.pack(model, folder / f"{name.replace(' ', '-')}.slivo").bytes
     file = folder / f"{name.replace(' ', '-')}.onnx"
     try:
         onnx.export(model, file, normalize(test[0][:2]))
@@ -85,7 +86,7 @@ def main() -> None:
     dense = resnet56(options.data)
     source = smaller(options, dense)
     print(f"{platform.processor() or platform.machine()}, 1 thread, torch {torch.__version__}")
-    columns = ["accuracy, PyTorch", "accuracy, ONNX Runtime", "bytes", "bytes, ONNX"]
+    columns = ["accuracy, PyTorch", "accuracy, ONNX Runtime", "bytes", "bytes, packed", "bytes, ONNX"]
     print("| setting | " + " | ".join(columns) + " | s |\n" + "|---" * (len(columns) + 2) + "|")
     rows, chosen = [], None
     with tempfile.TemporaryDirectory() as folder:
