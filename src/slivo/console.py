@@ -156,7 +156,9 @@ def result(summary: Mapping[str, Any], misses: Sequence[str], folder: object, re
     console.print(table)
     console.print(f"latency: {summary['runtime']}", markup=False)
     if summary["target"]:
-        asked = ", ".join(f"{name} {value:g}" for name, value in summary["target"].items())
+        asked = ", ".join(
+            f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in summary["target"].items()
+        )
         verdict = "[green]met[/]" if not misses else f"[bold red]missed[/]: {escape('; '.join(misses))}"
         console.print(f"target ({escape(asked)}): {verdict}")
     console.print(f"everything is in {folder} ({text.duration(summary['seconds'])})", markup=False)

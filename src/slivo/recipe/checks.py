@@ -50,6 +50,8 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.student.inherit is not None and recipe.student.model is None:
         yield ("student", "inherit"), "is for another model than the teacher, which has its weights; leave it out"
     yield from _committee(recipe)
+    if recipe.target.runtime is not None and recipe.target.latency is None and recipe.target.latency_ms is None:
+        yield ("target", "runtime"), "says what latency is measured on; give latency or latency_ms, too"
     kinds = [(path, stage) for path, stage in _walk(recipe.stages, ("stages",))]
     for path, stage in kinds:
         if len(stage.given) != 1:
@@ -147,14 +149,17 @@ def _prune(recipe: Recipe, path: Path, part: Prune) -> Iterator[Problem]:
     yield from _keep((*path, "keep"), keep)
     if keep is not None and keep.latency_ms is not None and part.schedule.steps != 1:
         yield (*path, "keep"), "has latency_ms and several steps to it; give latency, a share, or leave schedule out"
-    if keep is None and recipe.target.macs is None and recipe.target.params is None:
-        yield path, "has no keep, and target asks for neither macs nor params; give one of them"
+    target = recipe.target
+    if keep is None and target.macs is None and target.params is None and target.latency is None:
+        yield path, "has no keep, and target asks for neither macs nor params nor latency; give one of them"
+    if keep is None and target.latency is not None and recipe.student.model is not None:
+        yield path, "has no keep, and target a latency, a share of another network's; give keep"
     if part.recover is not None:
         yield from _losses((*path, "recover"), part.recover)
     if part.pressure is not None:
         yield from _pressure((*path, "pressure"), part.pressure)
     if part.controlled is not None:
-        yield from _controlled((*path, "controlled"), part)
+        yield from _controlled(recipe, (*path, "controlled"), part)
 
 
 def _pressure(path: Path, part: Pressure) -> Iterator[Problem]:
@@ -167,13 +172,13 @@ def _pressure(path: Path, part: Pressure) -> Iterator[Problem]:
         yield (*path, "steps"), f"is for {' and '.join(PLANNED)}; {part.kind} acts throughout: leave it out"
 
 
-def _controlled(path: Path, part: Prune) -> Iterator[Problem]:
+def _controlled(recipe: Recipe, path: Path, part: Prune) -> Iterator[Problem]:
     keep = part.keep
     if part.recover is None:
         yield path, "needs recover, the training after each cut"
     if part.pressure is not None:
         yield path, "and pressure do not go together; leave one out"
-    if keep is not None and (keep.latency is not None or keep.latency_ms is not None):
+    if (keep or recipe.target).latency is not None or (keep is not None and keep.latency_ms is not None):
         yield path, "has no steps to a latency; keep macs, params or bytes"
 
 

@@ -28,7 +28,10 @@ class Target:
         macs: Share of the multiply-accumulates, 0-1.
         params: Share of the parameters, 0-1.
         bytes: Share of the bytes on disk, 0-1.
+        latency: Share of the median latency at batch 1, 0-1, on the same runtime.
         latency_ms: Median milliseconds at batch 1.
+        runtime: What latency is measured on: ``eager``, ``compile``, ``onnxruntime`` or ``openvino``. Default: ONNX
+            Runtime if the recipe exports to it, otherwise PyTorch.
         max_drop: How much of the task's metric may be lost, 0-1; 0.01 is one point of accuracy.
 
     Raises:
@@ -45,7 +48,9 @@ class Target:
     macs: float | None = None
     params: float | None = None
     bytes: float | None = None
+    latency: float | None = None
     latency_ms: float | None = None
+    runtime: str | None = None
     max_drop: float | None = None
 
     def __post_init__(self) -> None:
@@ -56,7 +61,7 @@ class Target:
             allowed = Goal.model_fields[name].description
             raise TargetError(f"target {name} is {getattr(self, name)!r}; {allowed}") from None
 
-    def given(self) -> dict[str, float]:
+    def given(self) -> dict[str, float | str]:
         """Return what is asked for, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 

@@ -19,7 +19,7 @@ from slivo.errors import SlivoError
 from slivo.graph import Graph, trace
 from slivo.graph.copies import duplicate
 from slivo.measure import clock, quality
-from slivo.measure.latency import compare
+from slivo.measure.latency import Timer, compare
 from slivo.prune import Budget, Plan, cut, iterate, plan, pressure, prune, refit, select
 from slivo.prune.invariance import counted
 from slivo.recipe.plan import Goal, Piece, Step
@@ -44,8 +44,7 @@ def run_prune(work: Work, step: Step) -> Outcome:
         return _controlled(work, step, part, details)
     keep, parts = budget(step.goal, work.whole, work.pace), _globs(work, step, part)
     options = {**_options(work, part), **parts, "keep": keep}
-    timer = clock(tuple(first(value) for value in work.task.example_inputs)) if keep.timed else None
-    options["timer"] = timer
+    timer = options["timer"] = _timer(work, keep)
     whole, history, found = work.student, list[dict[str, Any]](), None
     if part.pressure is not None:
         whole, history, found = _pressed(work, step, part.pressure, options, details)
@@ -60,6 +59,11 @@ def run_prune(work: Work, step: Step) -> Outcome:
     if step.piece is not None:
         details["cut"] = parts["now"]
     return Outcome(student, details, history)
+
+
+def _timer(work: Work, keep: Budget) -> Timer | None:
+    """Return what times networks at batch 1, for budgets of latency."""
+    return clock(tuple(first(value) for value in work.task.example_inputs)) if keep.timed else None
 
 
 def _options(work: Work, part: Prune) -> Details:
@@ -120,7 +124,8 @@ def planned(work: Work, step: Step, part: Prune, graph: Graph) -> Plan:
     """Return what of the student stays where the rest is to vanish in a training."""
     assert step.goal is not None
     options = _vanishing(graph, {**_options(work, part), "keep": budget(step.goal, work.whole, work.pace)})
-    return plan(work.student, work.task.example_inputs, graph=graph, **options)
+    timer = _timer(work, options["keep"])
+    return plan(work.student, work.task.example_inputs, graph=graph, timer=timer, **options)
 
 
 def _vanishing(graph: Graph, options: Details) -> Details:

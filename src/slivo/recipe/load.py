@@ -42,7 +42,7 @@ def load(
     recipe: str | os.PathLike[str] | Mapping[str, Any],
     settings: Sequence[str] = (),
     *,
-    target: Mapping[str, float] | None = None,
+    target: Mapping[str, float | str] | None = None,
 ) -> Loaded:
     """Read and check a recipe.
 

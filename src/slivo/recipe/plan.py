@@ -186,7 +186,8 @@ def _with_goals(found: Sequence[Step | _Cut], recipe: Recipe) -> list[Step]:
             shares = (keep.macs, keep.params, keep.bytes, keep.latency)
             goals = _goals(stage, since=stage[0][0], start=(1.0,) * len(shares), end=shares)
         else:
-            asked, rank, count = (recipe.target.macs, recipe.target.params), openly.index(stage), len(openly)
+            target, rank, count = recipe.target, openly.index(stage), len(openly)
+            asked = (target.macs, target.params, None, target.latency)
             before, after = (
                 tuple(None if share is None else share ** (number / count) for share in asked)
                 for number in (rank, rank + 1)

@@ -11,7 +11,7 @@ from torch import nn
 
 from slivo import tasks
 from slivo.distill import Inherited, inherit
-from slivo.errors import ArtifactError, RecipeError, SlivoError
+from slivo.errors import ArtifactError, RecipeError, SlivoError, require
 from slivo.graph import trace
 from slivo.options import MinWidth
 from slivo.prune import allocate, select
@@ -96,6 +96,9 @@ def prepare(loaded: Loaded, *, task: Task | None = None, model: nn.Module | None
             tasks.check(task, made(others[-1], seed))
     for network in networks:
         tasks.check(task, network)
+    if recipe.target.runtime in ("onnxruntime", "openvino"):
+        extra = "export" if recipe.target.runtime == "onnxruntime" else "openvino"
+        require(recipe.target.runtime, extra=extra, why="the runtime of the target")
     steps = plan(loaded.recipe)
     _check_budget(steps, networks[0], networks[0] if taught(steps) > 0 else networks[-1], task)
     _check_lessons(loaded, steps, networks, task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from slivo import artifact, edits
 from slivo.errors import require
-from slivo.export import onnx
+from slivo.export import RUNTIMES, onnx
 from slivo.graph import trace
 from slivo.measure import agreement, confusion, cost, latency, predictions, quality
 from slivo.tasks import Task, loader
@@ -25,11 +26,14 @@ PACKED = "student.slivo"
 
 _REPEATS = {1: 200, 64: 40}
 
+TITLES = {"eager": "PyTorch", "compile": "torch.compile", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+"""What runtimes are called."""
+
 Measured = dict[str, Any]
 
 
 def summarize(
-    models: Mapping[str, nn.Module], task: Task, folder: Path, *, target: Mapping[str, float], exported: Collection[str]
+    models: Mapping[str, nn.Module], task: Task, folder: Path, *, target: Mapping[str, Any], exported: Collection[str]
 ) -> dict[str, Any]:
     """Return what ``summary.json`` holds, less what only the run knows.
 
@@ -44,18 +48,26 @@ def summarize(
     to_onnx = "onnx" in exported
     places = {name: folder / name for name in models} | ({"student": folder / PACKED} if "packed" in exported else {})
     found = {name: _measured(model, task, places[name]) for name, model in models.items()}
-    runs = {
-        name: _exported(folder / f"{name}.onnx") if to_onnx else _in_pytorch(model) for name, model in models.items()
-    }
+    with TemporaryDirectory(prefix="slivo-") as place:
+        runtime, runs = _runs(models, task, folder, Path(place), target.get("runtime"), to_onnx=to_onnx)
+        for name, latencies in _latencies(task, runs).items():
+            found[name]["latency_ms"] = latencies
+    summary: dict[str, Any] = {**found, "target": dict(target)}
+    summary["met"] = not misses(summary, task.primary)
+    threads = torch.get_num_threads()
+    summary["runtime"] = f"{runtime}, {threads} thread{'s' if threads > 1 else ''}"
+    return summary
+
+
+def _latencies(task: Task, runs: Mapping[str, Callable[..., object]]) -> dict[str, dict[str, list[float]]]:
+    """Return the median and the 95th percentile of each, by size of batch."""
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
     for size in BATCHES:
         inputs = _batch(task, size)
         for name, run in runs.items():
             p50, p95 = latency(lambda run=run, inputs=inputs: run(*inputs), repeats=_REPEATS[size])  # type: ignore[misc]
-            found[name].setdefault("latency_ms", {})[str(size)] = [p50, p95]
-    summary: dict[str, Any] = {**found, "target": dict(target)}
-    summary["met"] = not misses(summary, task.primary)
-    summary["runtime"] = _runtime(to_onnx)
-    return summary
+            found[name][str(size)] = [p50, p95]
+    return found
 
 
 def misses(summary: Mapping[str, Any], primary: str) -> list[str]:
@@ -76,6 +88,10 @@ def misses(summary: Mapping[str, Any], primary: str) -> list[str]:
         if name in target and student[name] > target[name] * teacher[name]:
             share = student[name] / teacher[name]
             found.append(f"{name} is {share:.1%} of the teacher's, at most {target[name]:.1%} was asked for")
+    if "latency" in target:
+        share = student["latency_ms"]["1"][0] / teacher["latency_ms"]["1"][0]
+        if share > target["latency"]:
+            found.append(f"latency is {share:.1%} of the teacher's, at most {target['latency']:.1%} was asked for")
     if "latency_ms" in target:
         p50 = student["latency_ms"]["1"][0]
         if p50 > target["latency_ms"]:
@@ -155,10 +171,15 @@ def _in_pytorch(model: nn.Module) -> Callable[..., object]:
     return run
 
 
-def _runtime(exported: bool) -> str:
-    threads = torch.get_num_threads()
-    of = f"{threads} thread{'s' if threads > 1 else ''}"
-    if not exported:
-        return f"PyTorch {torch.__version__}, {of}"
+def _runs(
+    models: Mapping[str, nn.Module], task: Task, folder: Path, place: Path, runtime: str | None, *, to_onnx: bool
+) -> tuple[str, dict[str, Callable[..., object]]]:
+    """Return the runtime's name and version, and what runs each model on it."""
+    if runtime is not None and (runtime, to_onnx) != ("onnxruntime", True):
+        call = tuple(task.example_inputs), dict[str, object]()
+        version, *runs = RUNTIMES[runtime]([*models.values()], call, torch.get_num_threads(), place)
+        return f"{TITLES[runtime]} {version}", dict(zip(models, runs, strict=True))
+    if not to_onnx:
+        return f"PyTorch {torch.__version__}", {name: _in_pytorch(model) for name, model in models.items()}
     version = require("onnxruntime", extra="export", why="running ONNX files").__version__
-    return f"ONNX Runtime {version}, {of}"
+    return f"ONNX Runtime {version}", {name: _exported(folder / f"{name}.onnx") for name in models}

@@ -404,8 +404,12 @@ class Goal(Part):
     macs: Portion | None = Field(default=None, description=SHARE)
     params: Portion | None = Field(default=None, description=SHARE)
     bytes: Portion | None = Field(default=None, description=SHARE)
+    latency: Portion | None = Field(default=None, description=f"{SHARE}, at batch 1")
     latency_ms: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="milliseconds at batch 1, above 0"
+    )
+    runtime: Literal["eager", "compile", "onnxruntime", "openvino"] | None = Field(
+        default=None, description="what latency is measured on: eager, compile, onnxruntime or openvino"
     )
     max_drop: Annotated[float, Field(ge=0, le=1)] | None = Field(
         default=None, description="how much of the task's metric may be lost, 0 to 1 (0.01 is one point)"
@@ -422,7 +426,9 @@ class Recipe(Part):
     student: Student = Field(
         default=Student.model_validate({"from": "teacher"}), description="a mapping with from, or model"
     )
-    target: Goal = Field(default=Goal(), description="a mapping with macs, params, bytes, latency_ms, max_drop")
+    target: Goal = Field(
+        default=Goal(), description="a mapping with macs, params, bytes, latency, latency_ms, runtime, max_drop"
+    )
     stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="a list of stages")
 
     def plain(self) -> dict[str, Any]:

@@ -186,6 +186,8 @@ def _check(name: str, asked: JsonValue, summary: Summary, metric: str) -> Check:
         return _check_cost(name, asked, summary)
     if name == "max_drop":
         return _check_drop(metric, asked, summary)
+    if name.startswith("latency"):
+        return _check_latency(name, asked, summary)
     return Check(text.title(name), f"{asked:g}", "", None)
 
 
@@ -195,6 +197,16 @@ def _check_cost(name: str, asked: float, summary: Summary) -> Check:
     if not before or after is None:
         return Check(LABELS[name], limit, "", None)
     return Check(LABELS[name], limit, text.percent(after / before), after / before <= _most(asked))
+
+
+def _check_latency(name: str, asked: float, summary: Summary) -> Check:
+    share = name == "latency"
+    limit = f"≤ {100 * asked:.4g} % of the teacher's" if share else f"≤ {text.milliseconds(asked)}"
+    before, after = (None if m is None else _timed(m, "1", 0) for m in (summary.teacher, summary.student))
+    if not before or after is None:
+        return Check("Latency, batch 1", limit, "", None)
+    got = text.percent(after / before) if share else text.milliseconds(after)
+    return Check("Latency, batch 1", limit, got, (after / before if share else after) <= asked)
 
 
 def _check_drop(metric: str, asked: float, summary: Summary) -> Check:
