@@ -107,6 +107,18 @@ def test_a_run_that_is_not_whole_has_a_page_too(tmp_path: Path, records: dict[st
     assert seen.console == []
 
 
+def test_stages_that_were_not_done_are_no_rows_and_latencies_are_compared(tmp_path: Path) -> None:
+    whole = run()
+    last = {**whole["stages"][-1], "index": 99, "label": "round 9 of 9", "details": {"left out": "no need"}}
+    target = {"latency": 0.5, "latency_ms": 0.01, "runtime": "onnxruntime"}
+    records = {"run": {**whole, "stages": [*whole["stages"], last]}, "summary": summary() | {"target": target}}
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page(tmp_path / "run", **records)))
+    assert "round 9 of 9" not in text
+    assert "32.1 %" in text
+    assert "≤ 0.0100 ms" in text
+    assert "0.0912 ms" in text
+
+
 def test_another_kind_of_task_shows_its_own_metrics(tmp_path: Path) -> None:
     book = {**run(), "confusion": None, "classes": []}
     for stage in book["stages"]:

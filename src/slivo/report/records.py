@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError, field_validator
 
 from slivo.errors import ArtifactError
 
@@ -99,6 +99,12 @@ class Run(Record):
     classes: list[str | int] = []
     axes: list[Axis] = []
     agreement: float | None = None
+
+    @field_validator("stages")
+    @classmethod
+    def _done(cls, stages: list[Stage]) -> list[Stage]:
+        """Leave out what was not done, such as rounds after the last; decisions say why."""
+        return [stage for stage in stages if "left out" not in stage.details]
 
 
 class Epoch(Record):
