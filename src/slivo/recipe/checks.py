@@ -10,6 +10,7 @@ from slivo.prune import criteria
 from slivo.prune.sparse.choice import check_criterion
 from slivo.prune.sparse.masks import check_sparsity
 from slivo.quantize import SCHEMES, WEIGHTS
+from slivo.recipe import searches
 from slivo.recipe.cuts import PLANNED
 from slivo.recipe.lesson import on_sizes
 from slivo.recipe.plan import cut_of
@@ -80,6 +81,8 @@ def _teach(recipe: Recipe) -> Iterator[Problem]:
         cut = cut_of(part)
         if cut is not None and cut.keep is None:
             yield (*path, kind), "comes before teach and has no keep; the target is for what comes after: give keep"
+    if recipe.search is not None:
+        yield from searches.problems(recipe, recipe.search, problems)
 
 
 def _committee(recipe: Recipe) -> Iterator[Problem]:

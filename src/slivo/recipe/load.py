@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from slivo.errors import RecipeError
 from slivo.recipe.checks import problems
+from slivo.recipe.places import copied, put, split
 from slivo.recipe.schema import Recipe
 from slivo.recipe.text import Path, Source, from_validation, near, spell
 
@@ -68,7 +69,7 @@ Did you mean 0.7?
     lines: dict[Path, int] = {}
     data: Any
     if isinstance(recipe, Mapping):
-        name, data = "recipe", _copied(recipe)
+        name, data = "recipe", copied(recipe)
     else:
         name, text = _text(recipe)
         lines, data = _parsed(text, name)
@@ -145,30 +146,10 @@ def _override(data: dict[str, Any], settings: Sequence[str]) -> dict[Path, str]:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {setting}: the value is not valid YAML") from error
-        path: Path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
-        _put(data, path, value, setting)
+        path = split(key)
+        try:
+            put(data, path, value)
+        except KeyError as error:
+            raise RecipeError(f"--set {setting}: {error.args[0]}") from None
         places[path] = setting
     return places
-
-
-def _put(data: Any, path: Path, value: object, setting: str) -> None:
-    """Put a value at a place; mappings on the way are made, items of lists must be there."""
-    for number, part in enumerate(path):
-        last = number == len(path) - 1
-        if isinstance(data, list):
-            if not isinstance(part, int) or part >= len(data):
-                raise RecipeError(f"--set {setting}: {spell(path[:number])} has items 0 to {len(data) - 1}")
-        elif not isinstance(data, dict):
-            raise RecipeError(f"--set {setting}: {spell(path[:number])} is {data!r} and has no keys")
-        if last:
-            data[part] = value
-        elif isinstance(data, dict) and data.get(part) is None:
-            data[part] = data = {}
-        else:
-            data = data[part]
-
-
-def _copied(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {key: _copied(value) for key, value in data.items()}
-    return [_copied(item) for item in data] if isinstance(data, list | tuple) else data

@@ -416,6 +416,38 @@ class Goal(Part):
     )
 
 
+class Range(Part):
+    """Numbers of which a search takes one; whole ones if both bounds are."""
+
+    low: int | float = Field(description="a number")
+    high: int | float = Field(description="a number above low")
+    log: bool = Field(default=False, description="true to take small numbers as often as large ones")
+
+
+Choices = Annotated[list[Any], Field(min_length=1)]
+Cost = Literal["macs", "params", "bytes", "latency"]
+
+
+class Search(Part):
+    """What `slivo search` varies, and what it looks for; other commands pass it by."""
+
+    vary: dict[str, Choices | Range] | None = Field(
+        default=None, description="a mapping of keys such as target.macs to lists of values, or to low, high and log"
+    )
+    widths: bool | None = Field(
+        default=None, description="true to try widths of axes by their sensitivity; true if vary is left out"
+    )
+    strategies: list[str] | None = Field(
+        default=None, description="a list of recipes that ship; all that fit if vary is left out, otherwise none"
+    )
+    objectives: Annotated[list[Cost], Field(min_length=1)] = Field(
+        default=["macs"], description="a list of costs that are to be low: macs, params, bytes or latency"
+    )
+    margin: Annotated[float, Field(ge=0)] = Field(
+        default=0.05, description="0 or above, a share of the teacher's metric; trials that are behind by more stop"
+    )
+
+
 class Recipe(Part):
     """A whole recipe."""
 
@@ -430,6 +462,7 @@ class Recipe(Part):
         default=Goal(), description="a mapping with macs, params, bytes, latency, latency_ms, runtime, max_drop"
     )
     stages: Annotated[list[Stage], Field(min_length=1)] = Field(description="a list of stages")
+    search: Search | None = Field(default=None, description="a mapping with vary, widths, strategies, objectives")
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as JSON-ready data with every default filled in, as YAML would spell it."""

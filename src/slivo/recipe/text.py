@@ -137,16 +137,22 @@ def _keys(path: Path) -> list[str]:
 def _model(path: Path) -> type[BaseModel] | None:
     """Return the schema of the mapping at a place."""
     model: type[BaseModel] | None = Recipe
+    free = False  # the next part is a key of the user's own
     for part in path:
-        if isinstance(part, str) and model is not None:
+        if free:
+            free = False
+        elif isinstance(part, str) and model is not None:
             info = _named(model, part)
             model = None if info is None else _inner(info.annotation)
+            free = part == "vary"
     return model
 
 
 def _field(path: Path) -> FieldInfo | None:
     """Return the schema of a key."""
     while path and isinstance(path[-1], int):
+        path = path[:-1]
+    if path[-2:-1] == ("vary",):  # a key of the user's own: what is said of all of them
         path = path[:-1]
     model = _model(path[:-1])
     return None if model is None or not path else _named(model, str(path[-1]))
