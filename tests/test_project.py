@@ -69,6 +69,8 @@ OPTIONAL = {
     "lightning",
     "constriction",
     "zstandard",
+    "optuna",
+    "sqlalchemy",
 }
 
 
@@ -97,7 +99,7 @@ def test_what_is_needed_is_pinned() -> None:
     extras = PROJECT["optional-dependencies"]
     used = [
         *PROJECT["dependencies"],
-        *(each for name in ("export", "report", "pack", "demo", "dev", "docs") for each in extras[name]),
+        *(each for name in ("export", "report", "pack", "search", "demo", "dev", "docs") for each in extras[name]),
     ]
     assert {canonical(re.match(r"[\w.-]+", each)[0]) for each in used} - {"slivo"} <= pins
 

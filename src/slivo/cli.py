@@ -174,12 +174,12 @@ def _run(loaded: Loaded, folder: Path, *, seed: int, resume: bool, quiet: bool) 
 
 
 @contextmanager
-def _interruptible(folder: Path) -> Iterator[None]:
+def _interruptible(folder: Path, how: str = "") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
         if folder.is_dir():
-            _fail(f"interrupted; go on with: slivo run --resume --out {folder}", 130)
+            _fail(f"interrupted; go on with: {how or f'slivo run --resume --out {folder}'}", 130)
         _fail("interrupted", 130)
 
 
@@ -200,11 +200,61 @@ def _finish(result: Result) -> None:
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
-    """Write report.html of a run anew, from what the run wrote down."""
+def search(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that ships.", show_default=False)],
+    trials: Annotated[int, typer.Option(min=1, help="How many recipes to try, over all workers and starts.")] = 50,
+    cost: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="To lower: macs, params, bytes or latency; may be repeated.", show_default="the recipe's, or macs"
+        ),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A database that workers share.", show_default="SQLite in the folder"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the search.", show_default="runs/NAME-search")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that work here.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="End after that long.", show_default="none")
+    ] = None,
+    settings: Settings = None,
+    quiet: Quiet = False,
+) -> None:
+    """Try variations of a recipe, and show those that nothing beats; the same command goes on, or joins in."""
+    from slivo import console
+    from slivo import search as searching
+    from slivo.recipe import load
+
+    loaded = load(recipe, settings or ())
+    folder = out or Path("runs") / f"{loaded.recipe.name}-search"
+    with _interruptible(folder, "the same command"), console.searching(quiet=quiet) as shown:
+        found = searching.search(
+            loaded, folder, trials=trials, costs=cost or (), storage=storage, jobs=jobs, seed=seed, timeout=timeout,
+            watch=shown.watch, tell=shown.trial, note=shown.note,
+        )  # fmt: skip
+    page: Path | None = None
+    try:
+        from slivo import report
+
+        page = report.write_search(found.folder)
+    except SlivoError as error:
+        console.error(f"no report: {error}")
+    console.found(found, page)
+    if found.best is None:
+        _fail("no trial is done", 1)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="The folder of a run, or of a search.")]) -> None:
+    """Write report.html of a run or a search anew, from what it wrote down."""
     from slivo import report as page
 
-    typer.echo(str(page.write(folder)))
+    searched = (folder / "search.json").is_file()
+    typer.echo(str(page.write_search(folder) if searched else page.write(folder)))
 
 
 @app.command()

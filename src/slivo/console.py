@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +19,9 @@ from rich.tree import Tree
 from slivo.artifact import Packed
 from slivo.graph import Graph
 from slivo.recipe.watch import Watch
+
+if TYPE_CHECKING:
+    from slivo.search import Found, Row
 
 _LINE_EVERY = 5.0
 """Seconds between lines of a training where there is no terminal to draw a bar on."""
@@ -112,6 +115,83 @@ class Bars(Watch):
     def finished(self, record: Mapping[str, Any]) -> None:
         """Say what the step left."""
         self.console.print(f"{self.place} {_told(record)}", markup=False)
+
+
+class Searching:
+    """What a search shows: a line for each trial that is over, and on a terminal a bar for the run that goes on."""
+
+    def __init__(self, watch: Watch, *, quiet: bool) -> None:
+        self.watch, self.quiet, self.console = watch, quiet, out()
+
+    def note(self, text: str) -> None:
+        """Say what is being prepared."""
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def trial(self, row: Row) -> None:
+        """Say what came of a trial."""
+        if not self.quiet:
+            self.console.print(_trial(row), markup=False)
+
+
+class _Silent(Bars):
+    """A bar for the run that goes on; its steps leave no lines."""
+
+    def finished(self, record: Mapping[str, Any]) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def searching(*, quiet: bool) -> Iterator[Searching]:
+    """Give something that shows how far a search is."""
+    if quiet or not out().is_terminal:
+        yield Searching(Watch(), quiet=quiet)
+    else:
+        bars = _Silent()
+        with bars.progress_bars:
+            yield Searching(bars, quiet=False)
+
+
+def _trial(row: Row) -> str:
+    from slivo.report import text
+
+    if row.values:
+        quality, *costs = row.values
+        told = f"{quality:.4g} at {', '.join(text.percent(cost) for cost in costs)}"
+        missed = f", misses the target: {'; '.join(row.misses)}" if row.misses else ""
+        return f"trial {row.number} ({row.strategy}): {told}{missed} ({text.duration(row.seconds)})"
+    return f"trial {row.number} ({row.strategy}) {row.state}: {row.reason}"
+
+
+def found(search: Found, page: object | None) -> None:
+    """Print what a search found: the front, the recipe to take, and where everything is."""
+    from slivo.report import text
+
+    metric, *costs = search.objectives
+    states = [row.state for row in search.rows]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    title = f"What nothing beats of {len(states)} trials ({counts}); validation data, costs of the teacher's"
+    drawn = Table(title=title, title_style="italic", title_justify="left")
+    for name in ("trial", "strategy", metric, *costs, f"test {metric}"):
+        drawn.add_column(name, justify="left" if name == "strategy" else "right")
+    for row in search.front:
+        best = search.best is not None and row.number == search.best.number
+        cells = [str(row.number), row.strategy, text.metric(metric, row.values[0])]
+        cells += [text.percent(value) for value in row.values[1:]]
+        drawn.add_row(*cells, text.metric(metric, row.measured["test"].get(metric)), style="bold" if best else "")
+    drawn.add_section()
+    test = text.metric(metric, search.teacher["test"].get(metric))
+    drawn.add_row("", "teacher", text.metric(metric, search.teacher[metric]), *("100 %" for _ in costs), test)
+    console = out()
+    console.print(drawn)
+    if search.waiting:
+        console.print(f"{search.waiting} trials were broken off; the same command goes on with them", markup=False)
+    if search.best is not None and search.recipe is not None:
+        missed = f", which misses the target: {'; '.join(search.best.misses)}" if search.best.misses else ""
+        console.print(f"take trial {search.best.number}{missed}: slivo run {search.recipe}", markup=False)
+    console.print(f"everything is in {search.folder}", markup=False)
+    if page is not None:
+        console.print(f"open {page}", markup=False)
 
 
 class _Rate(ProgressColumn):

@@ -1,5 +1,6 @@
-"""The report: one page that says what a run did to a network, made from what the run wrote down."""
+"""The report: one page that says what a run did to a network, or a search found, made from what it wrote down."""
 
 from slivo.report.page import write
+from slivo.report.searches import write as write_search
 
-__all__ = ["write"]
+__all__ = ["write", "write_search"]

@@ -200,6 +200,41 @@ def widths(axes: list[Axis]) -> Figure | None:
     )
 
 
+@dataclass(frozen=True)
+class Point:
+    """A network in a chart of quality over cost: what to call it, both numbers, and what sort it is."""
+
+    name: str
+    cost: float
+    quality: float
+    sort: str
+
+
+def trade(points: Iterable[Point], cost: str, metric: str) -> Figure | None:
+    """Return what networks cost and how good they are: those that nothing beats are joined by a line."""
+    points = sorted(points, key=lambda point: point.cost)
+    form = ".1%" if text.is_share(metric) else ".4g"
+    looks = {"front": ("var(--student)", "circle", 10), "trial": (_MUTED, "circle-open", 7), "teacher": (_INK, "x", 9)}
+    traces = []
+    for sort, (color, symbol, size) in looks.items():
+        mine = [point for point in points if point.sort == sort]
+        if mine:
+            x, y = [point.cost for point in mine], [_finite(point.quality) for point in mine]
+            trace = _line(sort, x, y, color, "y", f"%{{x:.1%}}, %{{y:{form}}}", [_escape(point.name) for point in mine])
+            trace |= {"mode": "lines+markers" if sort == "front" else "markers"}
+            trace["line"] |= {"shape": "hv", "dash": "dot"}
+            trace["marker"] |= {"symbol": symbol, "size": size}
+            traces.append(trace)
+    if not traces:
+        return None
+    layout = _layout(
+        xaxis=_axis(title=f"{cost} left of the teacher", tickformat=".0%"),
+        yaxis=_axis(title=f"{metric}, validation", tickformat=form),
+    )
+    label = f"Chart of {metric} over {cost} of {len(points)} networks."
+    return Figure(f"chart-{cost}", label, 420, {"data": traces, "layout": layout})
+
+
 def _line(
     name: str,
     x: Iterable[float | None],

@@ -55,7 +55,7 @@ def write(run_folder: str | os.PathLike[str]) -> Path:
 
 def render(folder: Folder) -> str:
     """Return the page of a run."""
-    template, plotly = _template(), require("plotly.offline", extra="report", why=_WHY)
+    template, plotly = template_of("report.html.j2"), require("plotly.offline", extra="report", why=_WHY)
     metric = view.primary(folder)
     teacher, student, final = view.results(folder)
     charts = {figure.id: figure for figure in figures.all_of(folder, metric)}
@@ -89,7 +89,12 @@ def render(folder: Folder) -> str:
     )
 
 
-def _template() -> Template:
+def template_of(name: str) -> Template:
+    """Return a template of this package.
+
+    Raises:
+        SlivoError: If jinja2 is not installed.
+    """
     require("jinja2", extra="report", why=_WHY)
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -100,4 +105,4 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)

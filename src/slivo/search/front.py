@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from slivo.search.record import Row
 
@@ -46,9 +45,3 @@ def best(rows: Sequence[Row], target: Mapping[str, float]) -> Row | None:
     if meeting and "max_drop" in target:
         return meeting[0]
     return max(meeting or ahead, key=lambda row: (row.values[0], -row.values[1]), default=None)
-
-
-def share(row: Row, teacher: Mapping[str, Any], cost: str) -> float | None:
-    """Return a trial's cost as a share of the teacher's."""
-    whole = teacher.get(cost)
-    return row.measured[cost] / whole if whole and cost in row.measured else None

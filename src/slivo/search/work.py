@@ -125,7 +125,7 @@ def _one(study: optuna.Study, ground: Ground, limits: Limits, watch: Watch) -> R
         except KeyboardInterrupt as interrupt:
             last = study.get_trials(deepcopy=False)
             mine = [each for each in last if store.row_of(each).worker == store.worker()]
-            if mine and store.row_of(mine[-1]).state == store.LOST:
+            if mine and store.row_of(mine[-1]).state == store.LOST and not store.row_of(mine[-1]).reason:
                 store.requeue(study, mine[-1])
             if not isinstance(interrupt, Stop):
                 raise
