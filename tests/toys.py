@@ -143,6 +143,15 @@ def recipe(*stages: dict[str, Any], **parts: Any) -> dict[str, Any]:
     }
 
 
+def searched(vary: Mapping[str, Any] | None = None, **parts: Any) -> dict[str, Any]:
+    """Return a short recipe that says what is varied in it."""
+    vary = {"stages.0.prune.criterion": ["l2", "l1", "random"], **MACS} if vary is None else dict(vary)
+    teacher = {"model": "toys:net", "fit": {"epochs": 1, "batch_size": 16, "optimizer": {"lr": 0.05}}}
+    stages = ({"prune": {}}, {"distill": {**KD, "epochs": 1}})
+    return recipe(*stages, **{"teacher": teacher, "search": {"vary": vary, "margin": 1.0}, **parts})
+
+
+MACS = {"target.macs": {"low": 0.3, "high": 0.6}}
 KD = {"losses": [{"kd": {"temperature": 2.0, "weight": 0.9}}], "epochs": 2, "batch_size": 16}
 PRUNE = {"criterion": "taylor", "schedule": {"steps": 2}, "recover": KD}
 WITH_ADAPTER = {"losses": ["kd", {"hint": {"at": "second", "weight": 0.1}}], "epochs": 2, "batch_size": 16}

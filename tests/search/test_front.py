@@ -50,4 +50,3 @@ def test_with_a_floor_the_cheapest_that_holds_it_is_taken_and_without_the_best()
     assert best([good, cheap, poor], {"macs": 0.5}) == good
     missed = Row(3, "done", values=(0.6, 0.2), misses=("accuracy fell",))
     assert best([poor, missed], {"max_drop": 0.03}) == missed
-

@@ -21,7 +21,10 @@ PLAIN = load(toys.recipe({"prune": {}})).recipe
     "stages",
     [
         [{"prune": {}}],
-        [{"prune": {"keep": {"macs": 0.7}}}, {"prune": {"keep": {"macs": 0.6, "params": 0.6}, "schedule": {"steps": 2}}}],
+        [
+            {"prune": {"keep": {"macs": 0.7}}},
+            {"prune": {"keep": {"macs": 0.6, "params": 0.6}, "schedule": {"steps": 2}}},
+        ],
         [{"repeat": {"times": 2, "stages": [{"prune": {}}]}}],
         [{"factorize": {"keep": {"params": 0.8}, "samples": 0}}],
     ],

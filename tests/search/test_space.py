@@ -34,6 +34,7 @@ class Dice:
         return self.asked[name]
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        assert low > 0 or not log
         self.asked[name] = int(self.random.integers(low, high + 1))
         return self.asked[name]
 
@@ -142,7 +143,10 @@ def test_widths_are_for_recipes_that_prune_once(stages: list[dict[str, Any]], pl
 @pytest.mark.parametrize(
     ("search", "message"),
     [
-        ({"vary": {"stages.0.prune.criterion": ["l2", "taylr"]}}, r"criterion\[1\] makes no valid .* Did you mean taylor"),
+        (
+            {"vary": {"stages.0.prune.criterion": ["l2", "taylr"]}},
+            r"criterion\[1\] makes no valid .* Did you mean taylor",
+        ),
         ({"vary": {"stages.0.prune.critrion": ["l2"]}}, r"critrion\[0\] makes no valid .* Did you mean criterion"),
         ({"vary": {"stages.7.prune": [{}]}}, "is no key of this recipe: stages has items 0 to 1"),
         ({"vary": {"target.macs": {"low": 0.2, "high": 7}}}, "target.macs.high makes no valid .* Did you mean 0.7"),

@@ -93,7 +93,7 @@ def test_damages_of_nothing_do_not_matter_and_budgets_out_of_reach_are_refused()
     assert none == sizes(graph, groups, even(names), Shape(), limits)
     whole = sizes(graph, groups, even(names), Shape(), {"macs": graph.macs})
     assert whole == {name: graph[name].size for name in names}
-    with pytest.raises(TargetError, match="the least widths leave .* more than the target allows"):
+    with pytest.raises(TargetError, match=r"the least widths leave .* more than the target allows"):
         sizes(graph, groups, even(names), Shape(), {"macs": 1})
 
 

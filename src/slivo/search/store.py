@@ -98,9 +98,9 @@ def open_study(url: str, name: str, costs: Sequence[str], *, seed: int, heartbea
             sampler=_sampler_class()(seed),
         )
         return study
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise SlivoError(
-            f"storage {_safe(url)} needs {error.name}, which is not installed; for PostgreSQL: pip install "
+            f"storage {_safe(url)} needs its database's driver, which is not installed; for PostgreSQL: pip install "
             "'slivo[scale]'"
         ) from error
     except Exception as error:  # of whatever database and driver
