@@ -67,7 +67,7 @@ def test_a_search_prints_its_front_and_leaves_a_page_and_a_recipe_that_runs(call
         (("nothing.yaml",), "nothing.yaml is no file, and no recipe that ships"),
         (("recipe.yaml", "--cost", "time"), "the cost time is none"),
         (("recipe.yaml", "--trials", "0"), "Invalid value for '--trials'"),
-        (("recipe.yaml", "--set", "search.vary={stages.0.prune.criterion: [l3]}"), "criterion[0] makes no valid recipe"),
+        (("recipe.yaml", "--set", "search.vary={target.macs: [7]}"), "macs[0] makes no valid recipe"),
         (("recipe.yaml", "--timeout", "-1"), "timeout is -1.0; seconds, a number above 0"),
     ],
 )
