@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from toys import Killed, Killer
 
 from slivo.errors import RecipeError, SlivoError
 from slivo.recipe import Watch
-from slivo.search import search, trial
+from slivo.search import search, store, trial
 
 
 class Interrupter(Watch):
@@ -145,3 +146,17 @@ def test_a_folder_that_is_damaged_or_a_storage_that_goes_is_said(tmp_path: Path)
     (tmp_path / "s" / "search.db").write_text("no database")
     with pytest.raises(SlivoError, match=r"cannot be opened: .*not a database"):
         search(toys.searched(), tmp_path / "s", trials=2)
+
+
+def test_a_trial_whose_worker_died_before_a_sign_of_life_is_taken_up(tmp_path: Path) -> None:
+    with store.quiet():
+        opened = store.open_study(f"sqlite:///{tmp_path / 's.db'}", "toy", ["macs"], seed=0, heartbeat=1)
+        opened.enqueue_trial({"x": 0.5})
+        opened.ask()
+        store.revive(opened)
+        assert [each.state.name for each in opened.trials] == ["RUNNING"]
+        time.sleep(3.1)
+        store.revive(opened)
+        assert [each.state.name for each in opened.trials] == ["FAIL", "WAITING"]
+        assert store.rows(opened) == []
+        assert opened.ask().suggest_float("x", 0, 1) == 0.5

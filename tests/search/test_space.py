@@ -159,8 +159,8 @@ def test_widths_are_for_recipes_that_prune_once(stages: list[dict[str, Any]], pl
         ({"objectives": ["mac"]}, r"objectives\[0\] is 'mac'; a list of costs"),
         ({"objectives": ["macs", "macs"]}, "has macs twice; once"),
         ({"strategies": ["alternat"]}, r"strategies\[0\] is 'alternat'; .* Did you mean alternate"),
-        ({"margin": -1}, "search.margin is -1; 0 or above"),
-        ({"widths": 2}, "search.widths is 2; true to try widths"),
+        ({"margin": -1}, "search.margin is -1; a share of the metric"),
+        ({"widths": 2}, "search.widths is 2; true to set widths"),
     ],
 )
 def test_mistakes_are_said_where_they_are(search: dict[str, Any], message: str) -> None:

@@ -434,18 +434,12 @@ class Search(Part):
     vary: dict[str, Choices | Range] | None = Field(
         default=None, description="a mapping of keys such as target.macs to lists of values, or to low, high and log"
     )
-    widths: bool | None = Field(
-        default=None, description="true to try widths of axes by their sensitivity; true if vary is left out"
-    )
-    strategies: list[str] | None = Field(
-        default=None, description="a list of recipes that ship; all that fit if vary is left out, otherwise none"
-    )
+    widths: bool | None = Field(default=None, description="true to set widths by sensitivity; true without vary")
+    strategies: list[str] | None = Field(default=None, description="a list of recipes that ship; all without vary")
     objectives: Annotated[list[Cost], Field(min_length=1)] = Field(
         default=["macs"], description="a list of costs that are to be low: macs, params, bytes or latency"
     )
-    margin: Annotated[float, Field(ge=0)] = Field(
-        default=0.05, description="0 or above, a share of the teacher's metric; trials that are behind by more stop"
-    )
+    margin: Annotated[float, Field(ge=0)] = Field(default=0.05, description="a share of the metric, 0 or above")
 
 
 class Recipe(Part):

@@ -187,12 +187,12 @@ def _reference(
 ) -> dict[str, Any]:
     """Train and measure the teacher by a run that does nothing to the student; returns what was measured."""
     folder = out / REFERENCE
-    begun = (folder / files.RUN).is_file()
-    if not (folder / files.SUMMARY).is_file():
-        tell("training and measuring the teacher, once for all trials")
     data = loaded.recipe.plain() | {"student": {"from": "teacher"}, "stages": [{"sparsify": {"sparsity": 0.0}}]}
     data.pop("target")
-    run(load(data), folder, seed=seed, resume=begun, watch=watch, task=task, model=model)
+    if not (folder / files.SUMMARY).is_file():
+        tell("training and measuring the teacher, once for all trials")
+        begun = (folder / files.RUN).is_file()
+        run(load(data), folder, seed=seed, resume=begun, watch=watch, task=task, model=model)
     book, summary = files.read_json(folder / files.RUN), files.read_json(folder / files.SUMMARY)
     found = {name: summary["teacher"][name] for name in ("macs", "params", "bytes")}
     test = {name: value for name, value in summary["teacher"].items() if name not in (*found, "latency_ms")}

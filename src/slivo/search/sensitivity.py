@@ -163,13 +163,17 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
 
 def _key(model: nn.Module, groups: Sequence[Group], batches: int, samples: int) -> str:
     """Return what tells networks and ways of measuring from one another."""
-    seal = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        seal.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        seal.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     told = [[name_of(group), group.size, group.multiple] for group in groups]
-    seal.update(json.dumps([told, SHARES, batches, samples]).encode())
-    return seal.hexdigest()
+    return hashlib.sha256(json.dumps([seal(model), told, SHARES, batches, samples]).encode()).hexdigest()
+
+
+def seal(model: nn.Module) -> str:
+    """Return what tells a network's weights from others."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _read(file: Path, key: str) -> Damages:

@@ -8,9 +8,10 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,9 @@ CONTINUES = "continues"
 LOST = "lost"
 
 
-def digest(recipe: Mapping[str, Any], seed: int, costs: Sequence[str]) -> str:
+def digest(*parts: object) -> str:
     """Return what tells one search from another."""
-    return hashlib.sha256(json.dumps([recipe, seed, list(costs)], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def default_url(out: Path) -> str:
@@ -114,15 +115,31 @@ def open_study(url: str, name: str, costs: Sequence[str], *, seed: int, heartbea
 def requeue(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """Let a trial that was broken off be taken up by the next worker, with the same choices."""
     lib = _optuna()
-    attributes = {CONTINUES: row_of(trial).folder or f"{trial.number:04}"}
+    folder = row_of(trial).folder or trial.user_attrs.get(CONTINUES)
+    chosen = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     with quiet():
         study.add_trial(
             lib.create_trial(
                 state=lib.trial.TrialState.WAITING,
-                user_attrs=attributes,
-                system_attrs={"fixed_params": dict(trial.params)},
+                user_attrs={} if folder is None else {CONTINUES: folder},
+                system_attrs={"fixed_params": chosen},
             )
         )
+
+
+def revive(study: optuna.Study) -> None:
+    """Let trials be taken up whose workers gave no sign of life for long."""
+    lib = _optuna()
+    interval = study._storage.get_heartbeat_interval()  # type: ignore[attr-defined]
+    with quiet():
+        lib.storages.fail_stale_trials(study)
+        # A worker that dies between taking a trial and its first sign of life is not found by that.
+        for trial in study.get_trials(deepcopy=False, states=(lib.trial.TrialState.RUNNING,)):
+            begun = trial.datetime_start
+            silent = 0.0 if begun is None else (datetime.now() - begun).total_seconds()
+            if ROW not in trial.user_attrs and silent > 3 * interval:
+                study.tell(trial.number, state=lib.trial.TrialState.FAIL)
+                requeue(study, trial)
 
 
 def row_of(trial: optuna.trial.FrozenTrial) -> Row:

@@ -25,6 +25,7 @@ from slivo.search import store
 from slivo.search.front import best, front
 from slivo.search.ground import Ground, lay
 from slivo.search.record import BEST, FILE, FORMAT, Row, text
+from slivo.search.sensitivity import seal
 from slivo.search.space import Choice, Parameter
 from slivo.search.trial import asked
 from slivo.search.work import Limits, begin, labor, waiting
@@ -208,7 +209,8 @@ class _Going:
 
 def _going(loaded: Loaded, out: Path, options: Options, watch: Watch, note: Callable[[str], None]) -> _Going:
     """Open or join the study, and prepare what trials share."""
-    digest = store.digest(loaded.recipe.plain(), options.seed, options.costs)
+    weights = None if options.model is None else seal(options.model)
+    digest = store.digest(loaded.recipe.plain(), options.seed, list(options.costs), weights)
     _claim(out, digest)
     name = f"{loaded.recipe.name or 'search'}-{digest[:12]}"
     with store.quiet():

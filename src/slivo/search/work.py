@@ -72,12 +72,9 @@ def labor(
     Raises:
         SlivoError: If `MOST_FAILURES` trials failed one after another.
     """
-    import optuna
-
     failures: list[Row] = []
     while not limits.over():
-        with store.quiet():
-            optuna.storages.fail_stale_trials(study)
+        store.revive(study)
         known = store.rows(study)
         if len(known) >= limits.trials:
             if all(row.state != "running" for row in known):
