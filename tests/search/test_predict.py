@@ -47,6 +47,10 @@ def test_what_cannot_be_told_is_left_out_and_what_is_known_better_wins() -> None
     assert predict(energy, WHOLE, WHOLE, {}) == {}
     controlled = toys.recipe({"prune": {"controlled": {"max_drop": 0.1}, "recover": toys.KD}})
     assert predict(load(controlled).recipe, WHOLE, WHOLE, {}) == {}
+    rounds = {"times": 3, "until": {"max_drop": 0.1}, "stages": [{"prune": {"keep": {"macs": 0.7}}}]}
+    assert predict(load(toys.recipe({"repeat": rounds})).recipe, WHOLE, WHOLE, {}) == {}
+    joint = {**toys.KD, "prune": {}, "quantize": {}}
+    assert predict(load(toys.recipe({"joint": joint})).recipe, WHOLE, WHOLE, {}) == {"macs": 0.5}
     nothing = load(toys.recipe({"quantize": {}})).recipe
     assert predict(nothing, WHOLE, WHOLE, {}) == {"macs": 1.0, "params": 1.0, "bytes": 0.25}
     few = load(toys.recipe({"quantize": {"scheme": "int4-weights"}})).recipe

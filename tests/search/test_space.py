@@ -43,14 +43,16 @@ class Dice:
 def test_whatever_is_chosen_of_a_recipe_that_ships_is_a_valid_recipe(name: str) -> None:
     recipe = load(name).recipe
     found = arms(recipe)
-    assert [arm.name for arm in found] == ["recipe", *shipped()]
+    # That one needs a student of its own.
+    fitting = [other for other in shipped() if other != "pruned-teacher" or recipe.student.model is not None]
+    assert [arm.name for arm in found] == ["recipe", *fitting]
     assert len(found[0].parameters) >= 4
-    for seed in range(8):
+    for seed in range(4):
         chosen = suggest(Dice(seed), found)
         valid = load(chosen.plain).recipe
         assert valid.search is None
         assert valid.task == recipe.task
-        assert 0.4 * epochs(recipe) <= epochs(valid) <= 1.1 * epochs(recipe) + 4
+        assert 0.4 * epochs(recipe) <= epochs(valid) <= 1.1 * epochs(recipe) + 8
 
 
 def test_all_kinds_of_stages_have_something_to_vary() -> None:
@@ -133,6 +135,7 @@ def test_strategies_and_widths_can_be_asked_for() -> None:
         ([{"prune": {"keep": {"latency": 0.5}}}], None),
         ([{"prune": {"recover": toys.KD, "controlled": {"max_drop": 0.1}}}], None),
         ([{"finetune": {"epochs": 1}}], None),
+        ([{"drop": {"keep": {"macs": 0.9}}}, {"prune": {}}], None),
     ],
 )
 def test_widths_are_for_recipes_that_prune_once(stages: list[dict[str, Any]], place: int | None) -> None:

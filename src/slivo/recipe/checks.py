@@ -64,6 +64,8 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield from _part(recipe, (*path, kind), part)
     yield from _order(kinds)
     yield from _teach(recipe)
+    if recipe.search is not None:
+        yield from searches.problems(recipe, recipe.search, problems)
 
 
 def _teach(recipe: Recipe) -> Iterator[Problem]:
@@ -81,8 +83,6 @@ def _teach(recipe: Recipe) -> Iterator[Problem]:
         cut = cut_of(part)
         if cut is not None and cut.keep is None:
             yield (*path, kind), "comes before teach and has no keep; the target is for what comes after: give keep"
-    if recipe.search is not None:
-        yield from searches.problems(recipe, recipe.search, problems)
 
 
 def _committee(recipe: Recipe) -> Iterator[Problem]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from slivo.recipe.plan import plan
-from slivo.recipe.schema import Factorize, Prune, Quantize, Recipe
+from slivo.recipe.plan import cut_of, plan
+from slivo.recipe.schema import Drop, Factorize, Joint, Quantize, Recipe
 from slivo.search.record import Row
 
 _DENSE_BITS, _INT8, _INT4 = 32, 8, 4
@@ -30,14 +30,18 @@ def predict(
     bits = _DENSE_BITS
     for step in plan(recipe):
         before.append(dict(counts))
-        part = step.part
-        if isinstance(part, Prune) and step.goal is not None:
+        part, cut = step.part, cut_of(step.part)
+        if step.turn is not None or step.kind == "teach":  # how many rounds there are, or what is cut then, is open
+            return {}
+        if isinstance(part, Joint) and part.quantize is not None:
+            bits = part.quantize.weight_bits or _INT8
+        if cut is not None and step.goal is not None:
             whole = dict(teacher) if step.goal.since is None else before[step.goal.since]
             shares = {"macs": step.goal.macs, "params": step.goal.params}
             counts = {name: _left(whole.get(name), shares[name]) for name in counts}
-            if part.controlled is not None:  # it may stop before its goal
+            if cut.controlled is not None:  # it may stop before its goal
                 return {}
-        elif isinstance(part, Factorize):
+        elif isinstance(part, Factorize | Drop):
             keep = part.keep
             shares = {"macs": keep.macs if keep else None, "params": keep.params if keep else None}
             counts = {name: _left(counts[name], shares[name]) for name in counts}

@@ -25,7 +25,8 @@ SHAPED = "shaped"
 
 _CRITERIA = ("l2", "taylor")
 _SCOPES = ("global", "uniform", "isomorphic")
-_TRAININGS = ("distill", "finetune", "recover", "pressure", "aware")
+_TRAININGS = ("distill", "finetune", "joint", "recover", "pressure", "aware")
+_HELD = ("prune", "sparsify", "quantize")  # by a joint stage
 _CLOSING = ("quantize", "export")
 
 Scalar = str | int | float | bool | None
@@ -139,7 +140,8 @@ def shapeable(recipe: Recipe) -> Path | None:
     that the run starts from.
     """
     stages = recipe.stages
-    if any(stage.repeat is not None or stage.layers is not None for stage in stages):
+    others = ("repeat", "layers", "joint", "drop", "teach")
+    if any(name in stage.given for stage in stages for name in others):
         return None
     cuts = [number for number, stage in enumerate(stages) if stage.prune is not None]
     if len(cuts) != 1 or any(stage.factorize is not None for stage in stages[: cuts[0]]):
@@ -277,10 +279,20 @@ def _one_of(name: str, own: Any, *others: Any) -> Choice:
     return Choice(name, tuple(dict.fromkeys((own, *others))), own)
 
 
-def _prune(key: str, part: Mapping[str, Any]) -> Iterator[Parameter]:
+def _kept(key: str, part: Mapping[str, Any]) -> Iterator[Parameter]:
     for name, share in (part.get("keep") or {}).items():
         if name != "latency_ms":
             yield _share(f"{key}.keep.{name}", share)
+
+
+def _rounds(key: str, part: Mapping[str, Any]) -> Iterator[Parameter]:
+    for name in ("macs", "params", "bytes"):
+        if (part.get("until") or {}).get(name):
+            yield _share(f"{key}.until.{name}", part["until"][name])
+
+
+def _prune(key: str, part: Mapping[str, Any]) -> Iterator[Parameter]:
+    yield from _kept(key, part)
     yield _one_of(f"{key}.criterion", part["criterion"], *_CRITERIA)
     yield _one_of(f"{key}.scope", part["scope"], *_SCOPES)
 
@@ -298,9 +310,7 @@ def _training(key: str, part: Mapping[str, Any]) -> Iterator[Parameter]:
 
 
 def _factorize(key: str, part: Mapping[str, Any]) -> Iterator[Parameter]:
-    for name, share in (part.get("keep") or {}).items():
-        if name != "latency_ms":
-            yield _share(f"{key}.keep.{name}", share)
+    yield from _kept(key, part)
     if "energy" in part:
         lost = 1 - part["energy"]
         yield Span(f"{key}.energy", 1 - min(0.99, 4 * lost), 1 - lost / 4, False, part["energy"])
@@ -326,6 +336,8 @@ def _quantize(key: str, part: Mapping[str, Any]) -> Iterator[Parameter]:
 
 _OF_KIND = {
     "prune": _prune,
+    "drop": _kept,
+    "repeat": _rounds,
     "factorize": _factorize,
     "share": _share_values,
     "quantize": _quantize,
@@ -341,7 +353,7 @@ def _stages(plain: Mapping[str, Any]) -> Iterator[tuple[Path, str, Mapping[str, 
             for kind, part in stage.items():
                 here = (*path, number, kind)
                 yield here, kind, part
-                for name in _TRAININGS:
+                for name in (*_TRAININGS, *(_HELD if kind == "joint" else ())):
                     if isinstance(part.get(name), Mapping):
                         yield (*here, name), name, part[name]
                 yield from walk(part.get("stages", ()), (*here, "stages"))
@@ -367,6 +379,12 @@ def _strategy(name: str, recipe: Recipe, plain: Mapping[str, Any]) -> Arm | None
     level = next((part["keep"]["macs"] for _, kind, part in _stages(plain) if kind in ("prune", "factorize")
                   and (part.get("keep") or {}).get("macs")), get(plain, ("target", "macs")))  # fmt: skip
     stages = [stage for stage in theirs.plain()["stages"] if next(iter(stage)) not in _CLOSING]
+    if any((stage.get("joint") or {}).get("quantize") for stage in stages):  # in one training, if at all
+        whole = [stage for stage in own if "quantize" not in stage]
+        if len(whole) == len(own):
+            stages = [{kind: {name: value for name, value in part.items() if kind != "joint" or name != "quantize"}
+                       for kind, part in stage.items()} for stage in stages]  # fmt: skip
+        own = whole
     data["stages"] = [*stages, *own]
     if level is not None:
         data["target"].setdefault("macs", level)
@@ -379,6 +397,8 @@ def _strategy(name: str, recipe: Recipe, plain: Mapping[str, Any]) -> Arm | None
             part |= {} if size is None else {"batch_size": size}
         if kind == "factorize" and part.get("keep") and level is not None:
             part["keep"] = {"macs": level}
+        if (part.get("until") or {}).get("macs") and level is not None:
+            part["until"]["macs"] = level
     try:
         valid = load(data).recipe
     except SlivoError:

@@ -13,6 +13,7 @@ from slivo.errors import RecipeError, SlivoError, TargetError
 from slivo.files import write
 from slivo.recipe import Loaded, Watch, run
 from slivo.recipe import folder as files
+from slivo.recipe.plan import plan
 from slivo.recipe.result import misses
 from slivo.search.ground import Ground, trial_recipe
 from slivo.search.predict import behind, predict, refused
@@ -21,7 +22,7 @@ from slivo.search.space import Candidate, epochs
 
 TRIALS = "trials"
 _KEPT = (files.RUN, files.SUMMARY, files.EPOCHS, RECIPE)
-_STUDENT = ("student", "student.onnx")
+_STUDENT = ("student", "student.onnx", "student.slivo")
 
 
 class Hopeless(Exception):  # noqa: N818
@@ -165,8 +166,10 @@ class _Watch(Watch):
         self.file, self.size = folder / files.EPOCHS, 0
         self.number, self.predicted = row.number, row.predicted
         self.total = epochs(loaded.recipe)
-        # How many epochs a cut takes that validation controls is not known beforehand.
-        self.open = any(stage.prune is not None and stage.prune.controlled for stage in loaded.recipe.stages)
+        # How many epochs there are that validation controls is not known beforehand.
+        self.open = any(
+            step.turn is not None or getattr(step.part, "controlled", None) is not None for step in plan(loaded.recipe)
+        )
         self.curve: list[tuple[float, float]] = []
 
     def started(self, label: str, index: int, count: int) -> None:
