@@ -11,7 +11,8 @@ import toys
 
 from slivo.errors import RecipeError
 from slivo.recipe import load, shipped
-from slivo.search.space import SHAPED, Arm, Choice, Span, arms, epochs, first_guesses, shapeable, suggest
+from slivo.search.derive import Choice, Span
+from slivo.search.space import SHAPED, Arm, arms, epochs, first_guesses, shapeable, suggest
 
 
 class Dice:
@@ -45,7 +46,8 @@ def test_whatever_is_chosen_of_a_recipe_that_ships_is_a_valid_recipe(name: str) 
     found = arms(recipe)
     # That one needs a student of its own.
     fitting = [other for other in shipped() if other != "pruned-teacher" or recipe.student.model is not None]
-    assert [arm.name for arm in found] == ["recipe", *fitting]
+    names = [arm.name for arm in found]
+    assert names == ["recipe", *fitting] or (recipe.target.macs is None and set(names) < {"recipe", *fitting})
     assert len(found[0].parameters) >= 4
     for seed in range(4):
         chosen = suggest(Dice(seed), found)

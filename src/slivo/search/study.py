@@ -22,11 +22,11 @@ from slivo.recipe.load import load
 from slivo.recipe.schema import Cost, Search
 from slivo.recipe.text import near
 from slivo.search import store
+from slivo.search.derive import Choice, Parameter
 from slivo.search.front import best, front
 from slivo.search.ground import Ground, lay
 from slivo.search.record import BEST, FILE, FORMAT, Row, text
 from slivo.search.sensitivity import seal
-from slivo.search.space import Choice, Parameter
 from slivo.search.trial import asked
 from slivo.search.work import Limits, begin, labor, waiting
 from slivo.search.workers import many
