@@ -64,6 +64,8 @@ def refusal(predicted: dict[str, float], asked: dict[str, float], rows: list[Row
 def test_what_misses_the_target_by_its_costs_is_refused() -> None:
     assert "would keep 60.0% of the macs, the target is 50.0%" in refusal({"macs": 0.6}, {"macs": 0.5}, [], ["macs"])
     assert refusal({"macs": 0.5}, {"macs": 0.5}, [], ["macs"]) == ""
+    assert "takes 90.0% of the time, the target is 70.0%" in refusal({"latency": 0.9}, {"latency": 0.7}, [], ["macs"])
+    assert refusal({"latency": 0.9}, {"latency": 0.7, "runtime": "compile"}, [], ["macs"]) == ""
     assert "takes 1.8 ms, the target is 1 ms" in refusal({"latency": 0.9}, {"latency_ms": 1.0}, [], ["macs"])
     assert refusal({"latency": 0.5}, {"latency_ms": 1.0}, [], ["macs"]) == ""
 

@@ -39,7 +39,7 @@ class Search(BaseModel):
     format: int
     name: str = ""
     objectives: list[str] = []
-    target: dict[str, float] = {}
+    target: dict[str, Any] = {}
     teacher: dict[str, Any] = {}
     damages: dict[str, float] = {}
     trials: list[Trial] = []

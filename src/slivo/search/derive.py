@@ -52,7 +52,7 @@ def derived(plain: Mapping[str, Any], recipe: Recipe) -> list[Parameter]:
     found: list[Parameter] = []
     target = recipe.target
     openly = any(part.get("keep") is None for _, kind, part in stages_of(plain) if kind == "prune")
-    for name in ("macs", "params"):
+    for name in ("macs", "params", "latency"):
         share = getattr(target, name)
         if openly and share is not None:
             found.append(_share(f"target.{name}", share))

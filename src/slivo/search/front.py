@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from slivo.search.record import Row
 
@@ -29,7 +30,7 @@ def front(rows: Sequence[Row]) -> list[Row]:
     return sorted(found, key=lambda row: (row.values[1:], -row.values[0]))
 
 
-def best(rows: Sequence[Row], target: Mapping[str, float]) -> Row | None:
+def best(rows: Sequence[Row], target: Mapping[str, Any]) -> Row | None:
     """Return the trial of the front to take, judged on validation data.
 
     Args:

@@ -91,7 +91,8 @@ class Ground:
         macs, params = self.graph.count(widths)
         part |= written(widths, macs, self.start["macs"])
         found: dict[str, float] = {"macs": macs, "params": params}
-        if "latency" in self.costs or self.loaded.recipe.target.latency_ms is not None:
+        target = self.loaded.recipe.target
+        if "latency" in self.costs or target.latency_ms is not None or target.latency is not None:
             found["latency"] = self.timed(widths)
         return candidate.plain, found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from slivo.recipe.plan import cut_of, plan
 from slivo.recipe.schema import Drop, Factorize, Joint, Quantize, Recipe
@@ -61,7 +62,7 @@ def _left(whole: float | None, share: float | None) -> float | None:
 def refused(
     predicted: Mapping[str, float],
     recipe: Recipe,
-    asked: Mapping[str, float],
+    asked: Mapping[str, Any],
     teacher: Mapping[str, float],
     metric: str,
     rows: Sequence[Row],
@@ -85,7 +86,11 @@ def refused(
         if name in asked and name in predicted and predicted[name] > asked[name] * 1.001:
             return f"it would keep {predicted[name]:.1%} of the {name}, the target is {asked[name]:.1%}"
     final = any(stage.quantize is not None or stage.export is not None for stage in recipe.stages)
-    if "latency_ms" in asked and "latency" in predicted and not final:
+    here = not final and asked.get("runtime", "eager") == "eager"
+    if "latency" in asked and "latency" in predicted and here and predicted["latency"] > asked["latency"] * _TIMING:
+        found = f"{predicted['latency']:.1%} of the time"
+        return f"a network of its widths takes {found}, the target is {asked['latency']:.1%}"
+    if "latency_ms" in asked and "latency" in predicted and here:
         expected = predicted["latency"] * teacher["latency_ms"]
         if expected > asked["latency_ms"] * _TIMING:
             return f"a network of its widths takes {expected:.3g} ms, the target is {asked['latency_ms']:g} ms"

@@ -117,7 +117,8 @@ def shapeable(recipe: Recipe) -> Path | None:
     assert part is not None
     if part.controlled is not None or (part.pressure is not None and part.pressure.kind == "hspg"):
         return None
-    if part.keep is not None and (part.keep.macs is None and part.keep.params is None):
+    level = recipe.target if part.keep is None else part.keep
+    if level.macs is None and level.params is None:
         return None
     return ("stages", cuts[0], "prune")
 

@@ -59,7 +59,7 @@ class Found:
     best: Row | None
     objectives: tuple[str, ...]
     teacher: Mapping[str, Any]
-    target: Mapping[str, float]
+    target: Mapping[str, Any]
     waiting: int
     folder: Path
     recipe: Path | None

@@ -110,7 +110,7 @@ def _refused(ground: Ground, row: Row, loaded: Loaded, rows: Sequence[Row]) -> s
     )  # fmt: skip
 
 
-def asked(ground: Ground) -> dict[str, float]:
+def asked(ground: Ground) -> dict[str, Any]:
     """Return what the recipe's target asks, but for what the search varies by the recipe's own word."""
     recipe = ground.loaded.recipe
     vary = (recipe.search.vary if recipe.search is not None else None) or {}
@@ -138,7 +138,7 @@ def _measured(ground: Ground, row: Row, folder: Path, summary: Mapping[str, Any]
         measured[name] if name == "latency" else measured[name] / max(1, ground.teacher[name]) for name in ground.costs
     ]
     judged = {
-        "teacher": ground.teacher,
+        "teacher": {**ground.teacher, "latency_ms": {"1": [latency[1]]}},
         "student": {**measured, "latency_ms": {"1": [latency[0]]}},
         "target": asked(ground),
     }
