@@ -13,7 +13,7 @@ from toys import Killed, Killer
 
 from slivo.errors import RecipeError, SlivoError
 from slivo.recipe import Watch
-from slivo.search import search, store, trial
+from slivo.search import search, store, trial, work
 
 
 class Interrupter(Watch):
@@ -65,12 +65,20 @@ def test_workers_that_join_share_the_trials(tmp_path: Path) -> None:
     assert {row.worker.partition(":")[0] for row in counting} == {counting[0].worker.partition(":")[0]}
 
 
-def test_time_that_is_up_breaks_off_and_the_next_start_goes_on(tmp_path: Path) -> None:
+def test_time_that_is_up_breaks_off_and_the_next_start_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = toys.recipe({"finetune": {"epochs": 500, "batch_size": 16}}, teacher=toys.searched()["teacher"], target={})
     long["search"] = {"vary": {"stages.0.finetune.epochs": [500]}}
     found = search(long, tmp_path / "s", trials=1, timeout=0.001)
     assert found.rows == ()
-    found = search(long, tmp_path / "s", trials=1, timeout=1.5)
+    steps: list[int] = []
+
+    class Counting(Watch):
+        def progress(self, label: str, done: int, *_: object) -> None:
+            steps.extend([done] * label.startswith("trial"))
+
+    # The clock strikes in the middle of the training, however long the way to it was.
+    monkeypatch.setattr(work.Limits, "over", lambda limits: len(steps) > 9)
+    found = search(long, tmp_path / "s", trials=1, watch=Counting())
     assert found.rows == ()
     assert found.best is None
     assert found.recipe is None
