@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import time
 from contextlib import suppress
 from glob import escape
@@ -47,6 +48,37 @@ def write(path: Path, content: bytes | str) -> None:
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:  # whatever went wrong, an interrupt included; what was written in full is not there under this name
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def copy(path: Path, to: Path) -> None:
+    """Have a file under a second name, too, where it stays when the first is written anew; atomic as `write`.
+
+    Args:
+        path: A file that is only ever replaced as a whole.
+        to: The other name, in the same folder; a file of that name is replaced.
+
+    Raises:
+        OSError: If the folder cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "letter.txt"
+        >>> write(file, "dear")
+        >>> copy(file, file.with_name("old.txt"))
+        >>> write(file, "my dear")
+        >>> file.with_name("old.txt").read_text()
+        'dear'
+    """
+    temporary = to.with_name(f".{to.name}.{secrets.token_hex(6)}.partial")
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links, or no room: then the copy says so
+            shutil.copyfile(path, temporary)
+        temporary.replace(to)
+    finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 

@@ -123,6 +123,7 @@ def distill(
     checkpoint: Path | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
     precision: Precision = "auto",
+    rollbacks: int = 0,
 ) -> Result:
     """Train a copy of the student to do as the teacher does.
 
@@ -143,6 +144,7 @@ def distill(
         checkpoint: A file that is written after each epoch and resumed from.
         on_epoch: Gets each row once its epoch is done.
         precision: As in `slivo.train.fit`.
+        rollbacks: As in `slivo.train.fit`.
 
     Returns:
         The trained copy, and one row an epoch with each loss by name and the metrics on the validation data.
@@ -192,6 +194,7 @@ def distill(
             checkpoint=checkpoint,
             on_epoch=on_epoch,
             extra_parameters=objective.parameters(),
+            rollbacks=rollbacks,
         )
     return Result(model, history)
 

@@ -1,7 +1,7 @@
 """Training: one loop, an objective of named terms, and hooks."""
 
 from slivo.train.checkpoint import read, write
-from slivo.train.hooks import EMA, ClipGradients, Hook, TrainState
+from slivo.train.hooks import EMA, ClipGradients, Hook, Saves, Stopped, TrainState
 from slivo.train.loop import Batch, Objective, fit
 from slivo.train.optim import OptimizerSpec
 from slivo.train.precision import Precision
@@ -17,6 +17,8 @@ __all__ = [
     "Precision",
     "Progress",
     "Report",
+    "Saves",
+    "Stopped",
     "TrainState",
     "fit",
     "read",

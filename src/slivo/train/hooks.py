@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,9 @@ class TrainState:
         step: Steps that are done.
         terms: The last step's terms of the loss.
         history: One row for each epoch that is done.
+        setbacks: One note for each time that the training went back to its last good epoch.
+        save: A hook sets it in `Hook.on_step_end` to have a checkpoint written in the midst of the epoch.
+        stop: Likewise, to have the training broken off (`Stopped`) once that is written.
     """
 
     model: nn.Module
@@ -39,14 +44,22 @@ class TrainState:
     step: int = 0
     terms: Mapping[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    setbacks: list[dict[str, Any]] = field(default_factory=list)
+    save: bool = False
+    stop: bool = False
+
+
+class Stopped(KeyboardInterrupt):
+    """A training was asked to stop, and did; what was done is in its checkpoint."""
 
 
 class Hook:
     """Does nothing at every point; a hook overrides the points it needs.
 
     A training that resumes restores `load_state_dict` first and then calls `on_fit_start` with the epoch it goes on
-    from; what must happen only once is done where ``state.epoch == 0``. State is nested dicts, lists, tuples,
-    numbers, strings and tensors.
+    from; what must happen only once is done where ``state.epoch == 0``. So does one that goes back to its last good
+    epoch. A checkpoint may be written after any step. State is nested dicts, lists, tuples, numbers, strings and
+    tensors.
     """
 
     def on_fit_start(self, state: TrainState) -> None:
@@ -76,6 +89,40 @@ class Hook:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
+
+
+class Saves(Hook):
+    """Have a checkpoint written in the midst of epochs: every so often, and when the training is to stop.
+
+    Args:
+        every: Seconds between checkpoints; more if writing one takes long, so that it stays below a twentieth of the
+            time. A minute is what a killed process may lose.
+        stop: Asked after each step whether to stop.
+    """
+
+    def __init__(self, every: float = 60.0, *, stop: Callable[[], bool] | None = None) -> None:
+        if not every > 0:
+            raise SlivoError(f"Saves every is {every}; a number of seconds above 0")
+        self.every, self.stop = every, stop
+        self._due, self._asked = math.inf, math.inf
+
+    def on_fit_start(self, state: TrainState) -> None:
+        """Start the clock."""
+        del state
+        self._due = time.monotonic() + self.every
+
+    def on_step_start(self, state: TrainState) -> None:
+        """See how long it took to write a checkpoint, if one was written."""
+        del state
+        if self._asked < math.inf:
+            now = time.monotonic()
+            self._due, self._asked = now + max(self.every, 20 * (now - self._asked)), math.inf
+
+    def on_step_end(self, state: TrainState) -> None:
+        """Ask for a checkpoint if it is time."""
+        state.stop = state.stop or (self.stop is not None and self.stop())
+        if state.stop or time.monotonic() >= self._due:
+            state.save, self._asked = True, time.monotonic()
 
 
 class ClipGradients(Hook):

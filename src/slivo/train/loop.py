@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader
 from slivo.errors import SlivoError
 from slivo.train import resume
 from slivo.train.hooks import Hook, TrainState
+from slivo.train.inside import Inside, get_random, rest
+from slivo.train.keeping import Keeping, NotFiniteError
 from slivo.train.optim import OptimizerSpec, build
 from slivo.train.precision import Precision, choose, layout
 
@@ -49,13 +51,15 @@ def fit(
     checkpoint: Path | None = None,
     on_epoch: Callable[[Mapping[str, Any]], None] | None = None,
     extra_parameters: Iterable[Parameter] = (),
+    rollbacks: int = 0,
 ) -> list[dict[str, Any]]:
     """Train a model in place, where it is (move it to the GPU first to train there).
 
     A training is a function of its arguments: before each epoch all random generators are set from (seed, epoch),
     and those of the caller are put back afterwards. Hence a training that was broken off and is called again with
-    the same checkpoint goes on after the last whole epoch and ends bit-identical to one that was not (on the same
-    machine with the same number of threads).
+    the same checkpoint goes on from there and ends bit-identical to one that was not (on the same machine with the
+    same number of threads): after the last whole epoch, or in its midst with the hook `Saves`. For the latter a
+    sampler must draw the order of an epoch by itself, as PyTorch's do, not from what the training draws from.
 
     Args:
         model: The model; all of it that requires gradients is trained. It ends in evaluation mode.
@@ -69,17 +73,25 @@ def fit(
         seed: Of everything random in the training.
         precision: ``fp32``, ``bf16`` (autocast; weights stay fp32) or ``auto``: bf16 for convolutional nets with
             enough work in a batch on devices that have it (`slivo.train.precision.choose`).
-        checkpoint: A file that is written after each epoch, atomically, and resumed from if it is there.
+        checkpoint: A file that is written after each epoch, atomically, and resumed from if it is there. Beside it
+            are the one before (``….previous``), which is used if it is damaged, and one in the midst of an epoch
+            (``….inside``).
         on_epoch: Gets each row once its epoch is done and its checkpoint is on the disk. Rows of a training that
             was broken off are not repeated, but are in what is returned.
         extra_parameters: Parameters outside the model to train with it, such as adapters.
+        rollbacks: How often a training whose loss or weights are no longer finite goes back to the end of its last
+            good epoch, and on at half the learning rate. 0 raises at once: in a loop of your own you may know better.
+            Runs of recipes allow 3. Without a checkpoint this keeps a second copy of all that is trained.
 
     Returns:
         One row an epoch: ``epoch`` (from 1), ``loss``, ``terms`` (means over samples), ``lr`` (of the last step),
-        ``val``, ``seconds`` (validation excluded) and ``samples_per_second``.
+        ``val``, ``seconds`` (validation excluded) and ``samples_per_second``; of one that was begun several times
+        ``rolled_back``, a note for each: ``epoch``, ``step``, ``why``, and ``lr``, the peak rate from then on.
 
     Raises:
-        SlivoError: If the loss is not finite (before the model is changed by it), or there is nothing to train.
+        SlivoError: If the loss is not finite (before the model is changed by it), after so many rollbacks, or there is
+            nothing to train.
+        Stopped: If the hook `Saves` was told to.
         ArtifactError: If the checkpoint is damaged or belongs to another training.
 
     Example:
@@ -92,6 +104,8 @@ def fit(
     """
     if epochs < 1:
         raise SlivoError(f"epochs is {epochs}; it must be 1 or more")
+    if rollbacks < 0:
+        raise SlivoError(f"rollbacks is {rollbacks}; 0 or more")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     plan = _Plan(
         batches=batches,
@@ -116,19 +130,25 @@ def fit(
         with laid_out, _accelerator(device, chosen) as accelerator, ExitStack() as closing:
             made, scheduler = build(optimizer, [*model.parameters(), *plan.extra], epochs * plan.steps)
             state = TrainState(model, made, scheduler, epochs=epochs, total_steps=epochs * plan.steps)
-            if checkpoint is not None and stored is not None:
-                resume.restore(checkpoint, stored, settings, state, plan.hooks, plan.extra)
+            keeping = Keeping(checkpoint, settings, state, plan.hooks, plan.extra, rollbacks)
+            inside = keeping.restore(stored)
             for hook in plan.hooks:
                 closing.callback(hook.on_close, state)
                 hook.on_fit_start(state)
-            while state.epoch < epochs:
-                row = _epoch(state, plan, accelerator)
+            keeping.begin(stored)
+            while inside is not None or state.epoch < epochs:
+                try:
+                    row = _epoch(state, plan, accelerator, keeping, inside)
+                except NotFiniteError as error:
+                    inside = None
+                    keeping.retreat(error)
+                    continue
+                inside = None
                 row["val"] = _validated(model, validate)
                 state.history.append(row)
                 for hook in plan.hooks:
                     hook.on_epoch_end(state)
-                if checkpoint is not None:
-                    resume.save(checkpoint, settings, state, plan.hooks, plan.extra)
+                keeping.save()
                 if on_epoch is not None:
                     on_epoch(row)
             for hook in plan.hooks:
@@ -168,32 +188,38 @@ def _sample(plan: _Plan, model: nn.Module, device: torch.device) -> Mapping[str,
     return plan.objective(model, send_to_device(next(iter(plan.batches)), device))
 
 
-def _epoch(state: TrainState, plan: _Plan, accelerator: Accelerator) -> dict[str, Any]:
-    """Run one epoch and return its row, without validation."""
-    state.epoch += 1
+def _epoch(
+    state: TrainState, plan: _Plan, accelerator: Accelerator, keeping: Keeping, inside: Inside | None
+) -> dict[str, Any]:
+    """Run one epoch, or what is left of it, and return its row, without validation."""
+    if inside is None:
+        state.epoch, inside = state.epoch + 1, Inside()
     _seed(plan.seed, state.epoch, plan.batches)
     state.model.train()
-    started = time.perf_counter()
-    sums: dict[str, float] = {}
-    samples, rate = 0, 0.0
-    for raw in islice(plan.batches, plan.steps):
+    started = time.perf_counter() - inside.seconds
+    batches = rest(plan.batches, inside, accelerator.device)
+    for raw in islice(batches, plan.steps - inside.batches):
         batch = send_to_device(raw, accelerator.device, non_blocking=True)
         rate = float(state.scheduler.get_last_lr()[0])
         _step(state, plan, batch, accelerator)
-        size = _size(batch)
-        samples += size
-        for name, value in state.terms.items():
-            sums[name] = sums.get(name, 0.0) + value * size
+        inside.add(state.terms, _size(batch), rate)
+        if state.save:
+            inside.seconds = time.perf_counter() - started
+            inside.random = get_random(plan.batches, accelerator.device)
+            keeping.save(inside)
+    keeping.check()
     seconds = time.perf_counter() - started
-    terms = {name: value / samples for name, value in sums.items()}
+    terms = {name: value / inside.samples for name, value in inside.sums.items()}
+    back = [note for note in state.setbacks if note["epoch"] == state.epoch]
     return {
         "epoch": state.epoch,
         "loss": sum(terms.values()),
         "terms": terms,
-        "lr": rate,
+        "lr": inside.rate,
         "val": {},
         "seconds": seconds,
-        "samples_per_second": samples / seconds,
+        "samples_per_second": inside.samples / seconds,
+        **({"rolled_back": back} if back else {}),
     }
 
 
@@ -206,10 +232,8 @@ def _step(state: TrainState, plan: _Plan, batch: Batch, accelerator: Accelerator
     state.terms = {name: float(term.detach()) for name, term in terms.items()}
     if not math.isfinite(sum(state.terms.values())):
         shown = ", ".join(f"{name} = {value:g}" for name, value in state.terms.items())
-        raise SlivoError(
-            f"the loss is not finite at epoch {state.epoch}, step {state.step + 1} ({shown}); lower the learning rate "
-            f"(now {state.scheduler.get_last_lr()[0]:g}), clip gradients (ClipGradients), or look for NaN in the data"
-        )
+        rate = f"{state.scheduler.get_last_lr()[0]:g}"
+        raise NotFiniteError(f"the loss is not finite at epoch {state.epoch}, step {state.step + 1} ({shown})", rate)
     accelerator.backward(torch.stack([term.float() for term in terms.values()]).sum())
     for hook in plan.hooks:
         hook.on_gradients(state)
