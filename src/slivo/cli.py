@@ -1,4 +1,7 @@
-"""The command line: thin commands over the library. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+"""The command line: thin commands over the library.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from slivo.recipe import Loaded, Result
+    from slivo.recipe.stop import Stop
 
 app = typer.Typer(
     name="slivo",
@@ -169,18 +173,31 @@ def _run(loaded: Loaded, folder: Path, *, seed: int, resume: bool, quiet: bool) 
     """Run a recipe with its progress shown."""
     from slivo import console, recipe
 
-    with _interruptible(folder), console.watching(quiet=quiet) as watch:
-        return recipe.run(loaded, folder, seed=seed, resume=resume, watch=watch)
+    with _interruptible(folder) as stop, console.watching(quiet=quiet) as watch:
+        return recipe.run(loaded, folder, seed=seed, resume=resume, watch=watch, stop=stop)
 
 
 @contextmanager
-def _interruptible(folder: Path, how: str = "") -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        if folder.is_dir():
-            _fail(f"interrupted; go on with: {how or f'slivo run --resume --out {folder}'}", 130)
-        _fail("interrupted", 130)
+def _interruptible(folder: Path, how: str = "") -> Iterator[Stop]:
+    """Say how to go on with a run that Ctrl-C or SIGTERM breaks off."""
+    from slivo.recipe.stop import stopping
+
+    def told() -> str:
+        if not folder.is_dir():
+            return "interrupted"
+        return f"interrupted; go on with: {how or f'slivo run --resume --out {folder}'}"
+
+    def end(stop: Stop) -> None:
+        # What a progress bar does to a terminal is undone, since nothing else will be.
+        show = "\x1b[?25h" if sys.stderr.isatty() else ""
+        os.write(2, f"{show}error: {told()}\n".encode())
+        os._exit(stop.code)
+
+    with stopping(end) as stop:
+        try:
+            yield stop
+        except KeyboardInterrupt:
+            _fail(told(), stop.code)
 
 
 def _finish(result: Result) -> None:

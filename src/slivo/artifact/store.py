@@ -107,6 +107,8 @@ def write_folder(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, 
         for file in (temporary / TENSORS, temporary / MANIFEST):
             sync(file)
         _replace(temporary, path)
+    except safetensors.SafetensorError as error:  # which is what it calls a full disk
+        raise ArtifactError(f"{path} cannot be written: {error}") from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +20,140 @@ FORMAT = 1
 RUN = "run.json"
 EPOCHS = "metrics.jsonl"
 SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+COACH = "coach"
+"""Holds a student that became the teacher."""
+
+MEMBERS = "teachers"
+LOCK = ".lock"
+"""Held by the process that runs in the folder."""
+
+_LITTER = (
+    f".{RUN}.*.partial",
+    f".{EPOCHS}.*.partial",
+    f".{SUMMARY}.*.partial",
+    ".teacher-*",
+    ".student-*",
+    ".coach-*",
+    LOCK,
+)
+"""What a process that was killed while it wrote may leave beside what it wrote."""
 
 
-def open_new(path: Path) -> None:
-    """Make a folder for a run.
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep a folder for one process at a time; the lock of a process that is gone counts for nothing.
 
     Args:
-        path: The folder; made with its parents. One that is there must be empty.
+        path: The folder; made with its parents.
 
     Raises:
-        OutputError: If it is there and not empty, or cannot be made or written to.
+        OutputError: If another process runs in it, or it cannot be made or written to.
     """
     try:
+        made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
-            hint = "add --resume to go on with its run" if (path / RUN).is_file() else "it is not the folder of a run"
-            raise OutputError(f"{path} exists and is not empty; {hint}, or give another folder (--out)")
-        probe = path / ".probe"
-        probe.touch()
-        probe.unlink()
+        descriptor = _locked(path / LOCK)
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written to: {error.strerror or error}; give another folder (--out)"
         ) from error
+    if descriptor is None:
+        raise OutputError(f"{path} is in use by process {_holder(path)}; wait until its run is done, or stop it")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (path / LOCK).unlink()
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):  # it stays unless it is empty
+                path.rmdir()
+
+
+def _locked(file: Path) -> int | None:
+    """Return a descriptor of the file, locked, or None if another has locked it."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not _lock(descriptor):
+                os.close(descriptor)
+                return None
+            # Who held it may have removed it meanwhile, and then a lock on it keeps nobody out.
+            if file.exists() and os.fstat(descriptor).st_ino == file.stat().st_ino:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
+                return descriptor
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # of POSIX; elsewhere nobody is kept out
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(path: Path) -> str:
+    with suppress(OSError):
+        return (path / LOCK).read_text(encoding="utf-8").strip() or "unknown"
+    return "unknown"
+
+
+def begun(path: Path) -> bool:
+    """Tell whether a run that is to be resumed has written anything down; a kill may have come before."""
+    return (path / RUN).is_file() or not _bare(path)
+
+
+def open_new(path: Path) -> None:
+    """Take a folder for a run; the process holds it already.
+
+    Args:
+        path: The folder. It must be empty but for what killed processes may have left.
+
+    Raises:
+        OutputError: If it is not empty.
+    """
+    if not _bare(path):
+        hint = "add --resume to go on with its run" if (path / RUN).is_file() else "it is not the folder of a run"
+        raise OutputError(f"{path} exists and is not empty; {hint}, or give another folder (--out)")
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left half written in the folder of a run; for who holds it."""
+    for left in [*path.iterdir(), *path.glob(f"{MEMBERS}/.*")]:
+        if left.parent != path or _litter(left):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            elif left.name != LOCK:
+                left.unlink(missing_ok=True)
+
+
+def member(path: Path, index: int) -> Path:
+    """Return the folder of one that teaches beside the teacher."""
+    return path / MEMBERS / str(index + 2)
+
+
+def kept(path: Path, index: int) -> Path:
+    """Return the folder that holds the student after a step, as long as a step may start from it."""
+    return path / CHECKPOINTS / f"{index:03}"
+
+
+def _bare(path: Path) -> bool:
+    """Tell whether there is nothing in a folder that anybody would miss."""
+    return all(map(_litter, path.iterdir()))
+
+
+def _litter(file: Path) -> bool:
+    return any(file.match(pattern) for pattern in _LITTER)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import slivo
-from slivo.errors import ArtifactError, SlivoError
+from slivo.errors import SlivoError
 from slivo.graph.copies import duplicate
-from slivo.recipe import course, result
+from slivo.recipe import course, ledger, mending, result
 from slivo.recipe import folder as files
 from slivo.recipe.course import Start
 from slivo.recipe.cuts import since
@@ -34,11 +30,6 @@ from slivo.recipe.stages import STAGES
 from slivo.recipe.watch import Watch
 from slivo.recipe.work import Outcome, Work, measured
 from slivo.tasks import Task
-
-CHECKPOINTS = "checkpoints"
-
-COACH = "coach"
-"""The student that became the teacher."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +64,7 @@ def run(
     watch: Watch | None = None,
     task: Task | None = None,
     model: nn.Module | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Result:
     """Run a recipe.
 
@@ -87,6 +79,8 @@ def run(
         watch: Hears of progress.
         task: In place of what the recipe says.
         model: A trained teacher, in place of what the recipe says; left untouched.
+        stop: Asked before each stage and after each step of a training; once it says so, the run writes a checkpoint
+            and raises `KeyboardInterrupt`.
 
     Returns:
         The student, and how it compares with the teacher.
@@ -96,32 +90,45 @@ def run(
         ArtifactError: If the folder to resume is damaged.
         ShapeError: If the network does not fit the task.
         TargetError: If a budget cannot be met.
-        OutputError: If the folder is taken or cannot be written to.
+        OutputError: If the folder is taken, in use by another process, or cannot be written to.
         SlivoError: If a stage fails.
     """
     path = Path(out)
     with torch.random.fork_rng(devices=[]):
         job = prepare(loaded, task=task, model=model, seed=seed)
-        book = _reopened(path, job) if resume else _opened(path, job)
-        going = _Run(job, path, book, watch or Watch())
-        if book["status"] == "done":
-            return going.result(job.student_origin.load(path / "student"), files.read_json(path / files.SUMMARY))
-        try:
+        if resume and not path.is_dir():
+            ledger.reopened(path, job)  # says that there is none
+        with files.held(path):
+            return _go(job, path, watch or Watch(), stop, resume=resume)
+
+
+def _go(job: Job, path: Path, watch: Watch, stop: Callable[[], bool] | None, *, resume: bool) -> Result:
+    """Run a job in a folder that this process holds."""
+    book = ledger.reopened(path, job) if resume and files.begun(path) else ledger.opened(path, job)
+    going = _Run(job, path, book, watch, stop)
+    if book["status"] == "done":
+        shutil.rmtree(going.checkpoints, ignore_errors=True)  # in case a kill came before
+        return going.result(job.student_origin.load(path / "student"), files.read_json(path / files.SUMMARY))
+    try:
+        with going.failures():
             going.restore()
             for index in range(len(book["stages"]), len(job.steps)):
                 going.step(index)
             return going.finish()
-        except BaseException as error:
-            going.fail(error)
-            raise
+    except BaseException as error:
+        going.fail(error)
+        raise
 
 
 class _Run:
     """A run in progress: the networks as the last step left them, and the book that becomes ``run.json``."""
 
-    def __init__(self, job: Job, path: Path, book: dict[str, Any], watch: Watch) -> None:
-        self.job, self.path, self.book, self.watch = job, path, book, watch
-        self.epochs, self.checkpoints = path / files.EPOCHS, path / CHECKPOINTS
+    def __init__(
+        self, job: Job, path: Path, book: dict[str, Any], watch: Watch, stop: Callable[[], bool] | None = None
+    ) -> None:
+        self.job, self.path, self.book, self.watch, self.stop = job, path, book, watch, stop
+        self.doing = "the start"
+        self.epochs, self.checkpoints = path / files.EPOCHS, path / files.CHECKPOINTS
         self.spent, self.began = float(book["seconds"]), time.perf_counter()
         self.teacher: nn.Module | None = None
         self.coach: nn.Module | None = None
@@ -131,9 +138,15 @@ class _Run:
 
     def restore(self) -> None:
         """Take up what the steps that are done have left; rows of a step that will be repeated go."""
+        files.sweep(self.path)
         self.book |= {"status": "running", "error": None}
+        done, damaged = mending.sound(self.path, self.job, self.book["stages"])
+        self.book["stages"] = self.book["stages"][:done]
+        self.book["decisions"] = [
+            *(each for each in self.book["decisions"] if each["index"] < done or each["what"] == "recovered"),
+            *({"index": done, "stage": self.label(done), "what": "recovered", "why": why} for why in damaged),
+        ]
         self.save()
-        done = len(self.book["stages"])
         fit_file = self.checkpoint(done)
         rows = [row for row in files.read_rows(self.epochs) if row["stage"] < done + fit_file.exists()]
         files.write_rows(self.epochs, rows)
@@ -141,7 +154,7 @@ class _Run:
             self.teacher = self.job.teacher.load(self.path / "teacher").eval()
             self.take_up(self.start(done).source)
         if 0 < self.job.taught < done:
-            self.coach = self.job.teacher.load(self.path / COACH).eval()
+            self.coach = self.job.teacher.load(self.path / files.COACH).eval()
 
     def start(self, index: int) -> Start:
         """Return how a step begins."""
@@ -156,13 +169,14 @@ class _Run:
     def step(self, index: int) -> None:
         """Do one step, and keep what it leaves before the step counts as done."""
         step, started, start = self.job.steps[index], time.perf_counter(), self.start(index)
+        self.pause(step.label)
         self.take_up(start.source)
         if start.skip:
             self.leave_out(index, step, start)
             return
         self.watch.started(step.label, index, len(self.job.steps))
         torch.manual_seed(self.seed(index))  # so that a step does not depend on what this process did before
-        with _warnings() as warned:
+        with ledger.warnings() as warned:
             before = self.before(index, start)
             outcome = STAGES[step.kind](self.work(index, step, before, start.pace), step)
         self.keep(index, step, outcome)
@@ -177,14 +191,16 @@ class _Run:
         }
         self.book["stages"].append(record)
         judged = course.decision(self.job.steps, self.book["stages"], index, self.job.task.primary)
-        self.book["decisions"] += [
+        decisions = [
             *self.chosen,
-            *({"stage": step.label, "what": "warned", "why": text} for text in warned),
+            *ledger.setbacks(outcome.history),
+            *({"what": "warned", "why": text} for text in warned),
             *([judged] if judged is not None else []),
         ]
+        self.book["decisions"] += [{"index": index, "stage": step.label, **each} for each in decisions]
         self.chosen = []
         self.save()
-        for file in self.checkpoints.glob(f"{index:03}.*fit"):  # of one training, or of several
+        for file in self.checkpoints.glob(f"{index:03}.*fit*"):  # of one training, or of several
             file.unlink(missing_ok=True)
         self.clear(index, step, start)
         self.watch.finished(record)
@@ -205,11 +221,14 @@ class _Run:
         self.save()
 
     def clear(self, index: int, step: Step, start: Start) -> None:
-        """Remove students that no step will start from: all but the last, and the one that a round may go back to."""
+        """Remove students that no step will start from: all but the last two and the one that a round may go back to.
+
+        The last but one is for the step to be done again, should what it left be damaged.
+        """
         back = start.source
         if step.turn is not None:
             back = course.start(self.job.steps, self.book["stages"], step.turn.since, self.job.task.primary).source
-        needed = {self.kept(index), *([self.kept(back)] if step.turn is not None else [])}
+        needed = {self.kept(source) for source in (index, start.source, back)}
         for folder in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
             if folder.name.isdigit() and folder not in needed:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -238,7 +257,7 @@ class _Run:
         found = first_weights(student, self.teacher, part, self.job.task)
         counts = f"{len(found.copied)} tensors, {len(found.projected)} made smaller, {len(found.left)} its own"
         why = f"it starts from the teacher's weights: {counts}"
-        self.chosen = [{"stage": "student", "what": "inherited", "why": why}]
+        self.chosen = [{"stage": "student", "what": "inherited", "why": why}]  # not the stage that it comes before
         return found.model
 
     def work(self, index: int, step: Step, before: Mapping[str, Any] | None, pace: float) -> Work:
@@ -256,12 +275,13 @@ class _Run:
             seed=self.seed(index),
             whole=whole,
             watch=self.watch,
-            on_epoch=lambda row: files.append_row(self.epochs, _row(index, step, row)),
+            on_epoch=lambda row: files.append_row(self.epochs, ledger.row(index, step, row)),
             checkpoint=self.checkpoint(index),
             origin=self.job.origin(index),
             pace=pace,
             committee=self.job.loaded.recipe.committee,
             others=self.job.others,
+            stop=self.stop,
         )
 
     def keep(self, index: int, step: Step, outcome: Outcome) -> None:
@@ -271,17 +291,18 @@ class _Run:
             self.job.teacher.save(self.teacher, self.path / "teacher", self.meta("teacher"))
         elif step.kind == "teach":
             self.coach, self.student, self.held = outcome.student, None, 0
-            self.job.teacher.save(self.coach, self.path / COACH, self.meta("coach"))
+            self.job.teacher.save(self.coach, self.path / files.COACH, self.meta("coach"))
         else:
             self.student, self.held = outcome.student, index
             self.job.origin(index).save(self.student, self.kept(index), {})
         # A kill may have come between a checkpoint and its row.
         rows = [row for row in files.read_rows(self.epochs) if row["stage"] < index]
-        files.write_rows(self.epochs, [*rows, *(_row(index, step, row) for row in outcome.history)])
+        files.write_rows(self.epochs, [*rows, *(ledger.row(index, step, row) for row in outcome.history)])
 
     def finish(self) -> Result:
         """Save the student, measure both networks as they were saved, and write down how they compare."""
         count, task, recipe = len(self.job.steps), self.job.task, self.job.loaded.recipe
+        self.pause("measure")
         self.watch.started("measure", count, count)
         self.take_up(self.start(count).source)
         assert self.teacher is not None
@@ -297,10 +318,11 @@ class _Run:
             target=recipe.target.model_dump(exclude_none=True),
             exported={step.part.to for step in self.job.steps if isinstance(step.part, Export)},
         )
-        self.book |= {**result.compared(models, task), "status": "done"}
-        self.save()
-        summary |= {"seconds": self.book["seconds"], "seed": self.job.seed}
+        compared = result.compared(models, task)
+        summary |= {"seconds": self.elapsed(), "seed": self.job.seed}
         files.write_json(self.path / files.SUMMARY, summary)
+        self.book |= {**compared, "status": "done"}  # last: whoever reads this may rely on all the rest
+        self.save()
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         return self.result(models["student"], summary)
 
@@ -321,11 +343,33 @@ class _Run:
         """Write down that the run broke off, and why; what is done stays."""
         interrupted = isinstance(error, KeyboardInterrupt)
         self.book |= {"status": "failed", "error": "interrupted" if interrupted else str(error) or type(error).__name__}
-        self.save()
+        with suppress(SlivoError):  # a full disk, say, is the error already
+            self.save()
+
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Say in one line what cannot be read or written; data may go in the midst of a run."""
+        try:
+            yield
+        except OSError as error:
+            last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise SlivoError(
+                f"{self.doing}: {last}; mend that and go on with --resume: what is done so far is kept"
+            ) from error
+
+    def pause(self, doing: str) -> None:
+        """Note what comes now, unless the run is to stop."""
+        self.doing = doing
+        if self.stop is not None and self.stop():
+            raise KeyboardInterrupt
+
+    def elapsed(self) -> float:
+        """Return how many seconds the run has taken, in all processes."""
+        return self.spent + time.perf_counter() - self.began
 
     def save(self) -> None:
         """Write ``run.json``."""
-        self.book["seconds"] = self.spent + time.perf_counter() - self.began
+        self.book["seconds"] = self.elapsed()
         files.write_json(self.path / files.RUN, self.book)
 
     def seed(self, index: int) -> int:
@@ -338,77 +382,8 @@ class _Run:
 
     def kept(self, index: int) -> Path:
         """Return the folder that holds the student after a step."""
-        return self.checkpoints / f"{index:03}"
+        return files.kept(self.path, index)
 
-
-def _opened(path: Path, job: Job) -> dict[str, Any]:
-    """Make the folder; returns an empty book."""
-    files.open_new(path)
-    return {
-        "format": files.FORMAT,
-        "slivo": slivo.__version__,
-        "name": job.loaded.recipe.name,
-        "task": {"kind": job.task.kind, "name": job.task.name, "primary": job.task.primary},
-        "seed": job.seed,
-        "recipe": job.loaded.recipe.plain(),
-        "machine": _machine(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "status": "running",
-        "seconds": 0.0,
-        "stages": [],
-        "decisions": [],
-    }
-
-
-def _reopened(path: Path, job: Job) -> dict[str, Any]:
-    """Return what a run wrote down, if it was a run of this job."""
-    book = files.read_json(path / files.RUN)
-    if book.get("format") != files.FORMAT:
-        raise ArtifactError(f"{path / files.RUN} has format {book.get('format')}; this version resumes {files.FORMAT}")
-    for name, value in (("seed", job.seed), ("recipe", job.loaded.recipe.plain())):
-        if book.get(name) != value:
-            raise SlivoError(
-                f"{path} holds a run of another {name}; resume with the one it was started with, or start anew in "
-                "another folder (--out)"
-            )
-    return book
-
-
-@contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Collect what the library warns of, so that it is not lost with the terminal."""
-    found: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("slivo")
-    log.addHandler(handler)
-    try:
-        yield found
-    finally:
-        log.removeHandler(handler)
-
-
-def _row(index: int, step: Step, row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"stage": index, "label": step.label, **row}
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _cpu() -> str:
-    """Return the processor's name; platform.processor() is empty on most Linux systems."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    def label(self, index: int) -> str:
+        """Return the name of a step, or of what comes after the last."""
+        return self.job.steps[index].label if index < len(self.job.steps) else "measure"

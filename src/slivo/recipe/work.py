@@ -13,6 +13,7 @@ from slivo.distill import distill, lora, merge_lora
 from slivo.measure import cost, quality
 from slivo.prune import HoldMasks, criteria
 from slivo.prune.sparse.masks import masked
+from slivo.recipe.folder import member
 from slivo.recipe.lesson import lesson
 from slivo.recipe.models import Origin
 from slivo.recipe.plan import Step
@@ -20,11 +21,17 @@ from slivo.recipe.schema import Committee, Distill, Fit, Lora, Optimizer, Prune,
 from slivo.recipe.watch import Watch
 from slivo.share import TrainValues, shared
 from slivo.tasks import Task, forward, loader
-from slivo.train import Hook, OptimizerSpec, Progress, fit
+from slivo.train import Hook, OptimizerSpec, Progress, Saves, fit
 
 Details = dict[str, Any]
 Costs = Mapping[str, float]
 """What is measured of a network between steps: the task's primary metric, ``params``, ``macs`` and ``bytes``."""
+
+ROLLBACKS = 3
+"""How often a training may go back to its last good epoch, at half the learning rate each time."""
+
+SAVE_EVERY = 60.0
+"""Seconds between checkpoints in the midst of an epoch."""
 
 _FROM_SCRATCH = {"sgd": 0.1, "adamw": 0.001}
 
@@ -47,6 +54,7 @@ class Work:
         pace: By which learning rates and what goes are less, after a round that lost too much.
         committee: How several teachers speak with one voice; None if there is one.
         others: How those are made that teach beside the teacher.
+        stop: Asked after each step of a training whether to stop.
     """
 
     task: Task
@@ -62,10 +70,11 @@ class Work:
     pace: float = 1.0
     committee: Committee | None = None
     others: Sequence[Origin] = ()
+    stop: Callable[[], bool] | None = None
 
     def member(self, index: int) -> Path:
         """Return the folder of one that teaches beside the teacher."""
-        return self.folder / "teachers" / str(index + 2)
+        return member(self.folder, index)
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,7 @@ def distilled(work: Work, label: str, part: Distill, *, more: Sequence[Hook] = (
         checkpoint=work.checkpoint,
         on_epoch=work.on_epoch,
         precision=part.precision,
+        rollbacks=ROLLBACKS,
     )
     if part.lora is None:
         return Outcome(result.model, given.details, result.history)
@@ -156,14 +166,15 @@ def fitted(
         precision=part.precision,
         checkpoint=work.checkpoint,
         on_epoch=work.on_epoch,
+        rollbacks=ROLLBACKS,
     )
 
 
 def hooks(work: Work, label: str, model: nn.Module) -> list[Hook]:
-    """Return the hooks of a training: it tells of its progress, and keeps zeros and shared values what they are."""
+    """Return the hooks of a training: it saves and tells of its progress, and keeps zeros and shared values."""
     kept: list[Hook] = [HoldMasks()] if masked(model) else []
     kept += [TrainValues("mean")] if shared(model) else []
-    return [Progress(work.watch.progress, label), *kept]
+    return [Progress(work.watch.progress, label), Saves(SAVE_EVERY, stop=work.stop), *kept]
 
 
 def data(work: Work, part: Prune | Sparsify) -> Details:
