@@ -75,6 +75,7 @@ def _mend(file: Path, found: list[str]) -> None:
         for place in (newest, inside):
             place.unlink(missing_ok=True)
         found.append(f"checkpoint {newest} is damaged: the training begins again")
+        return
     found += [f"checkpoint {place} is damaged: the training goes on from another" for place in damaged - {newest}]
 
 
