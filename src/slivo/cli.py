@@ -356,10 +356,17 @@ def recipes(
     show: Annotated[
         str | None, typer.Option("--show", metavar="NAME", help="Print one, as YAML.", show_default=False)
     ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
 ) -> None:
     """List the recipes that ship, or print one to start from."""
     from slivo import console
-    from slivo.recipe import shipped
+    from slivo.recipe import json_schema, shipped
+
+    if schema:
+        import json
+
+        typer.echo(json.dumps(json_schema(), indent=1))
+        return
 
     found = shipped()
     if show is None:

@@ -87,7 +87,7 @@ def test_settings_reach_every_place() -> None:
         ("a: [\n", "mine.yaml:2: it is not valid YAML: "),
         ("- 1\n", "a recipe is a mapping with task, teacher, target and stages"),
         ("", "a recipe is a mapping with task, teacher, target and stages"),
-        ("name: \x07\n", "mine.yaml: it is not valid YAML"),
+        ("name: \x07\n", "mine.yaml:1: it is not valid YAML"),
         (STAGES + "name: a\nname: b\n", "mine.yaml:4: name is there twice, first on line 3; keep one"),
     ],
 )  # fmt: skip

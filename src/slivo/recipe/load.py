@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path as File
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from slivo.errors import RecipeError
 from slivo.recipe.checks import problems
 from slivo.recipe.places import copied, put, split
+from slivo.recipe.reading import parsed
 from slivo.recipe.schema import Recipe
 from slivo.recipe.text import Path, Source, from_validation, near, spell
 
@@ -37,6 +37,19 @@ def shipped() -> dict[str, str]:
     folder = resources.files("slivo") / "recipes"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
     return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of recipes, by which editors complete keys, explain them and mark what is wrong.
+
+    It says what keys and types there are. What else can be wrong, such as a criterion that does not exist, `load` says.
+
+    Example:
+        >>> sorted(json_schema()["properties"])[:3]
+        ['committee', 'name', 'stages']
+    """
+    found = Recipe.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": "A recipe of slivo"}
 
 
 def load(
@@ -72,9 +85,10 @@ Did you mean 0.7?
         name, data = "recipe", copied(recipe)
     else:
         name, text = _text(recipe)
-        lines, data = _parsed(text, name)
+        lines, data = parsed(text, name)
     if not isinstance(data, dict):
-        raise RecipeError(f"{name}: a recipe is a mapping with task, teacher, target and stages")
+        where = f"{name}:1" if lines else name
+        raise RecipeError(f"{where}: a recipe is a mapping with task, teacher, target and stages")
     if target is not None:
         data["target"] = dict(target)
     source = Source(name, lines, _override(data, settings))
@@ -105,36 +119,6 @@ def _text(recipe: str | os.PathLike[str]) -> tuple[str, str]:
         raise RecipeError(f"{name} cannot be read: {reason}") from error
 
 
-def _parsed(text: str, name: str) -> tuple[dict[Path, int], Any]:
-    """Return the line of every key and item, and the data."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{name}:{mark.line + 1}" if mark is not None else name
-        raise RecipeError(f"{where}: it is not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: it is not valid YAML: {str(error).splitlines()[0]}") from error
-    lines: dict[Path, int] = {(): 1}
-    for path, line in [] if root is None else _lines(root, ()):
-        if path in lines and isinstance(path[-1], str):
-            raise RecipeError(f"{name}:{line}: {spell(path)} is there twice, first on line {lines[path]}; keep one")
-        lines[path] = line
-    return lines, data
-
-
-def _lines(node: yaml.Node, path: Path) -> Iterator[tuple[Path, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield (*path, str(key.value)), key.start_mark.line + 1
-            yield from _lines(value, (*path, str(key.value)))
-    elif isinstance(node, yaml.SequenceNode):
-        for number, item in enumerate(node.value):
-            yield (*path, number), item.start_mark.line + 1
-            yield from _lines(item, (*path, number))
-
-
 def _override(data: dict[str, Any], settings: Sequence[str]) -> dict[Path, str]:
     """Change the data as the settings say; returns them by place."""
     places: dict[Path, str] = {}
@@ -143,8 +127,8 @@ def _override(data: dict[str, Any], settings: Sequence[str]) -> dict[Path, str]:
         if not equals or not key:
             raise RecipeError(f"--set {setting}: write key=value, such as stages.0.prune.keep.macs=0.4")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = parsed(text, "value")[1]
+        except RecipeError as error:
             raise RecipeError(f"--set {setting}: the value is not valid YAML") from error
         path = split(key)
         try:

@@ -60,7 +60,11 @@ def _as_loss(value: object) -> object:
     return value
 
 
-Loss = Annotated[dict[str, dict[str, Any]], BeforeValidator(_as_loss), Field(min_length=1, max_length=1)]
+Loss = Annotated[
+    dict[str, dict[str, Any]],
+    Field(min_length=1, max_length=1),
+    BeforeValidator(_as_loss, json_schema_input_type=str | dict[str, dict[str, Any] | None]),
+]
 
 
 def _as_mapping(value: object) -> object:
@@ -95,13 +99,13 @@ class Distill(Fit):
     losses: Annotated[list[Loss], Field(min_length=1)] = Field(
         description="a list of losses, such as [{kd: {temperature: 4.0}}]; `slivo losses` lists them"
     )
-    cache: Annotated[Cache | None, BeforeValidator(_as_mapping)] = Field(
+    cache: Annotated[Cache | None, BeforeValidator(_as_mapping, json_schema_input_type=bool | Cache | None)] = Field(
         default=None, description="true, or a mapping with views, top_k and features"
     )
     label_weight: Annotated[float, Field(ge=0)] = Field(
         default=0.1, description="the weight of the task's own loss, 0 or above"
     )
-    lora: Annotated[Lora | None, BeforeValidator(_as_mapping)] = Field(
+    lora: Annotated[Lora | None, BeforeValidator(_as_mapping, json_schema_input_type=bool | Lora | None)] = Field(
         default=None, description="true, or a mapping with targets, rank, alpha and dropout"
     )
 
@@ -328,6 +332,8 @@ class Layers(Part):
 class Stage(Part):
     """One stage: a mapping with one key, the kind of the stage."""
 
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
     prune: Prune | None = Field(default=None, description="a mapping with criterion, keep, …")
     drop: Drop | None = Field(default=None, description="a mapping with keep, …")
     distill: Distill | None = Field(default=None, description="a mapping with losses, epochs, …")
@@ -337,7 +343,9 @@ class Stage(Part):
     factorize: Factorize | None = Field(default=None, description="a mapping with keep or energy, …")
     quantize: Quantize | None = Field(default=None, description="a mapping with scheme, …")
     joint: Joint | None = Field(default=None, description="a mapping with losses, epochs, prune, quantize, …")
-    teach: Annotated[Teach | None, BeforeValidator(_as_mapping)] = Field(default=None, description="true")
+    teach: Annotated[Teach | None, BeforeValidator(_as_mapping, json_schema_input_type=bool | Teach | None)] = Field(
+        default=None, description="true"
+    )
     export: Export | None = Field(default=None, description="a mapping with to")
     repeat: Repeat | None = Field(default=None, description="a mapping with times and stages")
     layers: Layers | None = Field(default=None, description="a mapping with groups or modules, and stages")
@@ -393,8 +401,8 @@ class Student(Part):
     from_: Literal["teacher"] | None = Field(default=None, alias="from", description="teacher")
     model: str | None = Field(default=None, description=_REFERENCE)
     args: dict[str, Any] = Field(default={}, description="a mapping of arguments of the model")
-    inherit: Annotated[Inherit | None, BeforeValidator(_as_mapping)] = Field(
-        default=None, description="true, or a mapping with layers and widths"
+    inherit: Annotated[Inherit | None, BeforeValidator(_as_mapping, json_schema_input_type=bool | Inherit | None)] = (
+        Field(default=None, description="true, or a mapping with layers and widths")
     )
 
 
