@@ -163,6 +163,20 @@ def test_ways_of_distilling_two_networks_are_compared(
     sys.modules.pop("distill_keras")
 
 
+def test_runs_are_killed_and_end_as_if_they_had_not_been(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    command = [sys.executable, "-W", "ignore", "benchmarks/kill_resume.py", "--kills", "5", "--json", str(file)]
+    found = subprocess.run(
+        [*command, "--only", "augmented", "lost loss"], cwd=ROOT, env=UNMEASURED, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content["kills"] == 5
+    assert {row["lost"] + row["different"] for row in content["rows"].values()} == {0}
+    assert "5 kills" in found.stdout
+
+
 def test_packed_tensors_are_near_their_entropy(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     command = [sys.executable, "benchmarks/pack_speed.py", "--size", "256", "--repeats", "1", "--json", str(file)]

@@ -18,6 +18,7 @@ import yaml
 
 import slivo
 from slivo import cli
+from slivo.train import read
 
 TESTS = Path(__file__).parent
 SHORT = toys.recipe({"prune": {"criterion": "l2"}}, {"distill": {**toys.KD, "epochs": 1}})
@@ -281,6 +282,7 @@ def test_what_there_is_comes_from_the_code(call: Call) -> None:
     code, out, _ = call("recipes", "--show", "alternate")
     assert code == 0
     assert yaml.safe_load(out)["stages"][0]["repeat"]["times"] > 1
+    assert json.loads(call("recipes", "--schema")[1])["title"] == "A recipe of slivo"
     assert call("--version")[1] == f"slivo {slivo.__version__}\n"
 
 
@@ -325,6 +327,32 @@ def test_an_interrupt_says_how_to_go_on_and_loses_nothing(tmp_path: Path) -> Non
     rows = [json.loads(line) for line in (tmp_path / "x" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows if row["stage"] == 1] == list(range(1, len(rows) - 2))
     assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "running"
+
+
+def test_a_signal_within_a_long_epoch_loses_no_step(tmp_path: Path) -> None:
+    slow = {"kind": "image-classification", "data": "toys:slow_task"}
+    recipe = toys.recipe(
+        {"finetune": {"epochs": 2, "batch_size": 4}}, task=slow, teacher={"model": "toys:net"}, target={}
+    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    process = start("run", "recipe.yaml", "--out", "x", folder=tmp_path)
+    checkpoints = tmp_path / "x" / "checkpoints"
+    while process.poll() is None and not (checkpoints / "001.fit").exists():
+        time.sleep(0.02)
+    time.sleep(1)  # the training's first steps
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert err == "error: interrupted; go on with: slivo run --resume --out x\n"
+    stored = read(checkpoints / "001.fit.inside")
+    assert (stored["epoch"], stored["history"]) == (1, [])
+    assert stored["inside"]["batches"] == stored["step"] > 0
+    assert sorted(file.name for file in (tmp_path / "x").iterdir()) == [
+        "checkpoints",
+        "metrics.jsonl",
+        "run.json",
+        "teacher",
+    ]
 
 
 def test_a_model_that_rejects_its_inputs_fails_in_one_line(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,19 @@ class Moving(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         x, label = self.data[index]
         return x + 0.1 * torch.randn(x.shape), label
+
+
+class Slow(Moving):
+    """Points that take their time: an epoch of them lasts ten seconds."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        time.sleep(0.1)
+        return super().__getitem__(index)
+
+
+def slow_task() -> Task:
+    still = task()
+    return replace(still, train=Slow(still.train))
 
 
 def moving_task() -> Task:
