@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from slivo.errors import RecipeError
 from slivo.recipe import Loaded, load
+from slivo.recipe.prepare import prepare
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,7 @@ def test_the_script_counts_and_prepares(script: Any, tmp_path: Path) -> None:
         ("name: x\nname: y\n", r":2: name is there twice, first on line 1; keep one"),
         ("- a\n- b\n", r":1: a recipe is a mapping with task"),
         ("", r":1: a recipe is a mapping with task"),
+        (f"stages: [{{prune: {{}}}}]\n? {'x' * 40}\u2028{'y' * 40}\n: 1\n", r":2: 'x+\\\\u2028y+… is no key here"),
         ("name: {[1]: 2}\n", r":1: it is not valid YAML: found unhashable key"),
         ("name: [\n", r":2: it is not valid YAML: expected the node content"),
         ("name: x\nstages: [{prune: {}}]\n1: 2\n", r":3: \[1\] is 1; Keys should be strings"),
@@ -84,3 +86,11 @@ def test_aliases_that_stand_for_too_much_are_refused_and_others_are_not(script: 
     assert found.recipe.stages[0] == found.recipe.stages[2]
     with pytest.raises(RecipeError, match="--set name=2001-99-99: the value is not valid YAML"):
         load(tmp_path / "recipe.yaml", ["name=2001-99-99"])
+
+
+def test_a_network_that_refuses_its_arguments_is_named_with_its_place(tmp_path: Path) -> None:
+    recipe = "task: {kind: image-classification, data: digits}\nteacher:\n  model: slivo.zoo:small_cnn\n"
+    (tmp_path / "recipe.yaml").write_text(f"{recipe}  args: {{width: -3}}\nstages: [{{finetune: {{epochs: 1}}}}]\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml:3: slivo.zoo:small_cnn cannot be called with") as caught:
+        prepare(load(tmp_path / "recipe.yaml"))
+    assert len(str(caught.value).splitlines()) == 1

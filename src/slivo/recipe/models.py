@@ -79,8 +79,9 @@ def named(reference: str, args: Mapping[str, Any]) -> Origin:
     def make() -> nn.Module:
         try:
             model = factory(**args)
-        except TypeError as error:
-            raise ArtifactError(f"{reference} cannot be called with {dict(args)}: {error}") from error
+        except Exception as error:  # it is others' code, and what it was given is the recipe's
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ArtifactError(f"{reference} cannot be called with {dict(args)}: {said}") from error
         if not isinstance(model, nn.Module):
             raise ArtifactError(f"{reference} returned {type(model).__name__}, not a torch.nn.Module")
         return model

@@ -56,6 +56,8 @@ def spell(path: Path) -> str:
     """
     text = ""
     for part in path:
+        if isinstance(part, str) and not (part.isprintable() and len(part) <= 60):
+            part = shown(part)  # one line, whatever somebody called a key
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
 
