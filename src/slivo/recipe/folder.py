@@ -41,6 +41,17 @@ _LITTER = (
 
 
 @contextmanager
+def making(path: Path) -> Iterator[None]:
+    """Say of a folder that it cannot be made or written to, where that is so."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written to: {error.strerror or error}; give another folder (--out)"
+        ) from error
+
+
+@contextmanager
 def held(path: Path) -> Iterator[None]:
     """Keep a folder for one process at a time; the lock of a process that is gone counts for nothing.
 
@@ -50,14 +61,10 @@ def held(path: Path) -> Iterator[None]:
     Raises:
         OutputError: If another process runs in it, or it cannot be made or written to.
     """
-    try:
+    with making(path):
         made = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(path / LOCK)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written to: {error.strerror or error}; give another folder (--out)"
-        ) from error
     if descriptor is None:
         raise OutputError(f"{path} is in use by process {_holder(path)}; wait until its run is done, or stop it")
     try:

@@ -16,7 +16,7 @@ from slivo.recipe.checks import problems
 from slivo.recipe.places import copied, put, split
 from slivo.recipe.reading import parsed
 from slivo.recipe.schema import Recipe
-from slivo.recipe.text import Path, Source, from_validation, near, spell
+from slivo.recipe.text import Path, Source, from_validation, near
 
 
 @dataclass(frozen=True)

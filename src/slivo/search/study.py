@@ -258,6 +258,8 @@ def _claim(folder: Path, digest: str) -> None:
     """
     file = folder / FILE
     if not file.is_file():
+        with files.making(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         try:
             files.open_new(folder)
         except OutputError:
