@@ -14,6 +14,8 @@ import slivo
 from slivo.errors import RecipeError
 from slivo.measure import cost
 from slivo.recipe import Result, load, run
+from slivo.recipe.course import line, start
+from slivo.recipe.plan import plan
 
 CUT = {"prune": {"criterion": "l2", "keep": {"macs": 0.6}}}
 LONG = {**KD, "epochs": 6, "optimizer": {"lr": 0.05}}
@@ -107,6 +109,16 @@ def test_a_kill_changes_no_decision(moment: tuple[Any, ...], slow: Result, tmp_p
     again = run(load(SLOW), tmp_path / "run", resume=True)
     assert same(again.model, slow.model)
     assert timeless(read(again.folder)) == timeless(read(slow.folder))
+
+
+def test_what_was_taken_back_is_no_part_of_what_led_to_the_student(slow: Result) -> None:
+    records = read(slow.folder)[0]["stages"]
+    steps = plan(load(SLOW).recipe)
+    verdicts = [each for each in read(slow.folder)[0]["decisions"] if each["what"] != "warned"]
+    held = [each["index"] for each in verdicts if each["what"] != "took the round back"]
+    found = line(steps, records, len(steps), "accuracy")
+    assert found == [0, *(step for last in held for step in (last - 1, last)), len(steps) - 1]
+    assert start(steps, records, len(steps), "accuracy").source == len(steps) - 1
 
 
 TAUGHT = toys.recipe(

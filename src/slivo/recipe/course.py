@@ -6,10 +6,11 @@ All of it follows from what the steps before have measured, so that a run that w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from slivo.recipe.plan import Round, Step
+from slivo.recipe.text import Path
 
 Records = Sequence[Mapping[str, Any]]
 """What ``run.json`` holds of the steps that are done."""
@@ -48,6 +49,15 @@ class Verdict:
     why: str
 
 
+@dataclass
+class _Walk:
+    """What became of the steps before one: those whose work is in the student, and of rounds, by their place."""
+
+    line: list[int] = field(default_factory=list)
+    failed: dict[Path, int] = field(default_factory=dict)
+    over: dict[Path, str] = field(default_factory=dict)
+
+
 def start(steps: Sequence[Step], records: Records, index: int, primary: str) -> Start:
     """Return how a step begins, given the records of those before it.
 
@@ -57,30 +67,40 @@ def start(steps: Sequence[Step], records: Records, index: int, primary: str) -> 
         index: Of the step; their number for what the run ends with.
         primary: Name of the metric.
     """
-    source, before = 0, 0
-    failed: dict[Any, int] = {}
-    over: dict[Any, str] = {}
+    walk = _walk(steps, records, index, primary)
+    source = walk.line[-1] if walk.line else 0
+    here = steps[index].turn if index < len(steps) else None
+    if here is None:
+        return Start(source)
+    return Start(source, 0.5 ** walk.failed.get(here.place, 0), walk.over.get(here.place, ""))
+
+
+def line(steps: Sequence[Step], records: Records, index: int, primary: str) -> list[int]:
+    """Return the steps whose work is in the student that a step starts from: none that was taken back."""
+    return _walk(steps, records, index, primary).line
+
+
+def _walk(steps: Sequence[Step], records: Records, index: int, primary: str) -> _Walk:
+    walk = _Walk()
     for number in range(index):
         turn = steps[number].turn
-        if turn is not None and turn.since == number:
-            before = source
         if SKIPPED in records[number]["details"]:
             continue
-        source = 0 if steps[number].kind == "teach" else number
+        if steps[number].kind == "teach":
+            walk.line.clear()
+        else:
+            walk.line.append(number)
         if turn is None or not ends(steps, number):
             continue
         found = judge(turn, records, number, primary)
         if not found.held:
-            source = before
-            failed[turn.place] = failed.get(turn.place, 0) + 1
-            if failed[turn.place] > turn.until.halvings:
-                over[turn.place] = "the pace has been halved as often as it may"
+            walk.line = [done for done in walk.line if done < turn.since]
+            walk.failed[turn.place] = walk.failed.get(turn.place, 0) + 1
+            if walk.failed[turn.place] > turn.until.halvings:
+                walk.over[turn.place] = "the pace has been halved as often as it may"
         elif found.reached:
-            over[turn.place] = "the rounds before reached what was asked"
-    here = steps[index].turn if index < len(steps) else None
-    if here is None:
-        return Start(source)
-    return Start(source, 0.5 ** failed.get(here.place, 0), over.get(here.place, ""))
+            walk.over[turn.place] = "the rounds before reached what was asked"
+    return walk
 
 
 def ends(steps: Sequence[Step], index: int) -> bool:

@@ -265,7 +265,8 @@ class _Run:
         stages, whole = self.book["stages"], dict(before or {})
         if step.goal is not None and step.goal.since != index:
             whole = stages[0]["after"] if step.goal.since is None else stages[step.goal.since]["before"]
-            whole = {**whole, "latency": since(stages[step.goal.since or 0 :])}
+            line = course.line(self.job.steps, stages, index, self.job.task.primary)
+            whole = {**whole, "latency": since([stages[done] for done in line if done >= (step.goal.since or 0)])}
         assert self.teacher is not None
         return Work(
             task=self.job.task,
