@@ -319,25 +319,13 @@ def packed(found: Packed) -> None:
     from slivo.report import text
 
     rows = [
-        [each.name, each.dtype, "×".join(map(str, each.shape)), each.codec, str(each.dense_bytes),
-         str(each.packed_bytes), _times(each.dense_bytes, each.packed_bytes), f"{each.bits:.2f}"]
+        [each.name, each.dtype, "×".join(map(str, each.shape)), each.codec, str(each.packed_bytes),
+         _times(each.dense_bytes, each.packed_bytes), f"{each.bits:.2f}"]
         for each in found.tensors
     ]  # fmt: skip
-    rows += [
-        ["header", "", "", "", "", str(found.header_bytes), "", ""],
-        [
-            "whole file",
-            "",
-            "",
-            "",
-            str(found.dense_bytes),
-            str(found.bytes),
-            text.times(found.ratio),
-            f"{found.bits:.2f}",
-        ],
-    ]
-    head = ("tensor", "dtype", "shape", "codec", "dense", "packed, bytes", "smaller", "bits each")
-    table(head, rows, right=(4, 5, 6, 7))
+    rows.append(["header", "", "", "", str(found.header_bytes), "", ""])
+    rows.append(["whole file", "", "", "", str(found.bytes), text.times(found.ratio), f"{found.bits:.2f}"])
+    table(("tensor", "dtype", "shape", "codec", "bytes", "smaller", "bits each"), rows, right=(4, 5, 6))
     out().print(f"{found.path}: {text.size(found.bytes)}", markup=False)
 
 
