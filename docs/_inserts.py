@@ -50,7 +50,8 @@ def losses() -> str:
 
 def recipes() -> str:
     """One row for each recipe that ships: its name, the comment at its top, and its stages."""
-    from slivo.recipe.load import load, shipped
+    from slivo.recipe.load import load
+    from slivo.recipe.shipped import shipped
 
     rows = []
     for name, text in shipped().items():
@@ -61,7 +62,7 @@ def recipes() -> str:
 
 def recipe_files() -> str:
     """The recipes that ship, in full."""
-    from slivo.recipe.load import shipped
+    from slivo.recipe.shipped import shipped
 
     return "\n\n".join(f"### {name}\n\n```yaml\n{text.strip()}\n```" for name, text in shipped().items())
 

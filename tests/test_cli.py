@@ -27,23 +27,6 @@ LONG = toys.recipe({"finetune": {"epochs": 2000, "batch_size": 8}}, target={})
 Call = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs the command in an empty folder; gives exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(argument) for argument in arguments])
-        code = caught.value.code
-        found = capsys.readouterr()
-        return (code if isinstance(code, int) else 0), found.out, found.err
-
-    return run
-
-
 def written(recipe: dict[str, Any], name: str = "recipe.yaml") -> Path:
     Path(name).write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return Path(name)

@@ -16,7 +16,8 @@ import typer.main
 import yaml
 
 from slivo.cli import app
-from slivo.recipe.load import load, shipped
+from slivo.recipe.load import load
+from slivo.recipe.shipped import shipped
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import toys
 import yaml
 
-from slivo import cli, console, report, search
+from slivo import console, report, search
 from slivo.errors import ArtifactError
 from slivo.search import Found, Row
 
@@ -20,20 +19,10 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Runs the command in an empty folder; gives exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("COLUMNS", "200")
+def call(call: Call) -> Call:
+    """Runs the command in a folder with a recipe; gives exit code, stdout and stderr."""
     Path("recipe.yaml").write_text(yaml.safe_dump(toys.searched()), encoding="utf-8")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main([str(argument) for argument in arguments])
-        found = capsys.readouterr()
-        return (caught.value.code if isinstance(caught.value.code, int) else 0), found.out, found.err
-
-    return run
+    return call
 
 
 def test_a_search_prints_its_front_and_leaves_a_page_and_a_recipe_that_runs(call: Call) -> None:

@@ -24,7 +24,7 @@ from slivo.prune import Budget, Plan, cut, iterate, plan, pressure, prune, refit
 from slivo.prune.invariance import counted
 from slivo.recipe.plan import Goal, Piece, Step
 from slivo.recipe.schema import Pressure, Prune
-from slivo.recipe.work import Costs, Details, Outcome, Work, data, distilled, fitted, samples
+from slivo.recipe.work import Costs, Details, Outcome, Work, data, distilled, fitted, sample_inputs
 from slivo.tasks import Task
 from slivo.train import Hook
 
@@ -44,7 +44,7 @@ def run_prune(work: Work, step: Step) -> Outcome:
         return _controlled(work, step, part, details)
     keep, parts = budget(step.goal, work.whole, work.pace), _globs(work, step, part)
     options = {**_options(work, part), **parts, "keep": keep}
-    timer = options["timer"] = _timer(work, keep)
+    timer = options["timer"] = timer_of(work.task) if keep.timed else None
     whole, history, found = work.student, list[dict[str, Any]](), None
     if part.pressure is not None:
         whole, history, found = _pressed(work, step, part.pressure, options, details)
@@ -61,9 +61,9 @@ def run_prune(work: Work, step: Step) -> Outcome:
     return Outcome(student, details, history)
 
 
-def _timer(work: Work, keep: Budget) -> Timer | None:
-    """Return what times networks at batch 1, for budgets of latency."""
-    return clock(tuple(first(value) for value in work.task.example_inputs)) if keep.timed else None
+def timer_of(task: Task) -> Timer:
+    """Return what times networks at batch 1."""
+    return clock(tuple(_first(value) for value in task.example_inputs))
 
 
 def _options(work: Work, part: Prune) -> Details:
@@ -91,7 +91,7 @@ def _globs(work: Work, step: Step, part: Prune) -> Details:
 def _refitted(work: Work, part: Prune, small: nn.Module, whole: nn.Module) -> nn.Module:
     if not part.refit:
         return small
-    return refit(small, whole, [work.task.inputs(batch) for batch in samples(work, part.samples)])
+    return refit(small, whole, sample_inputs(work, part.samples))
 
 
 def _told(part: Prune, student: nn.Module) -> Details:
@@ -124,7 +124,7 @@ def planned(work: Work, step: Step, part: Prune, graph: Graph) -> Plan:
     """Return what of the student stays where the rest is to vanish in a training."""
     assert step.goal is not None
     options = _vanishing(graph, {**_options(work, part), "keep": budget(step.goal, work.whole, work.pace)})
-    timer = _timer(work, options["keep"])
+    timer = timer_of(work.task) if options["keep"].timed else None
     return plan(work.student, work.task.example_inputs, graph=graph, timer=timer, **options)
 
 
@@ -210,7 +210,7 @@ def since(stages: Sequence[Mapping[str, Any]]) -> float:
     return 1 / prod(float(stage["details"].get("latency", 1.0)) for stage in stages)
 
 
-def first(value: Any) -> Any:
+def _first(value: Any) -> Any:
     """Return the first sample of a batch."""
     return value[:1] if isinstance(value, Tensor) and value.dim() else value
 

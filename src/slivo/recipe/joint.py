@@ -11,12 +11,11 @@ from slivo import edits
 from slivo.graph import Graph, trace
 from slivo.graph.copies import duplicate
 from slivo.prune import GradualSparsity, Plan, cut, pressure, sparsity
-from slivo.quantize import QuantizationAware
 from slivo.recipe.cuts import planned
 from slivo.recipe.plan import Step
-from slivo.recipe.rounding import quantized
+from slivo.recipe.rounding import quantized, rehearsal
 from slivo.recipe.schema import Joint
-from slivo.recipe.work import Details, Outcome, Work, distilled, samples
+from slivo.recipe.work import Details, Outcome, Work, distilled, sample_inputs
 from slivo.train import Hook
 
 
@@ -43,9 +42,8 @@ def run_joint(work: Work, step: Step) -> Outcome:
         )  # fmt: skip
     learned = None
     if part.quantize is not None:
-        batches = [work.task.inputs(batch) for batch in samples(work, part.quantize.samples)]
-        bits = part.quantize.weight_bits or 7
-        learned = QuantizationAware(batches, weight_bits=bits, exclude=part.quantize.exclude)
+        batches = sample_inputs(work, part.quantize.samples)
+        learned = rehearsal(part.quantize, batches)
         hooks.append(learned)
     trained = distilled(replace(work, student=student), step.label, part, more=hooks)
     details |= trained.details

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path as File
 from typing import Any
 
@@ -16,6 +15,7 @@ from slivo.recipe.checks import problems
 from slivo.recipe.places import copied, put, split
 from slivo.recipe.reading import parsed
 from slivo.recipe.schema import Recipe
+from slivo.recipe.shipped import shipped
 from slivo.recipe.text import Path, Source, from_validation, near
 
 
@@ -25,18 +25,6 @@ class Loaded:
 
     recipe: Recipe
     source: Source
-
-
-def shipped() -> dict[str, str]:
-    """Return the recipes that ship with the package, as YAML, by name.
-
-    Example:
-        >>> "prune-then-distill" in shipped()
-        True
-    """
-    folder = resources.files("slivo") / "recipes"
-    files = sorted((file for file in folder.iterdir() if file.name.endswith(".yaml")), key=lambda file: file.name)
-    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
 
 
 def json_schema() -> dict[str, Any]:

@@ -225,9 +225,7 @@ class _Run:
 
         The last but one is for the step to be done again, should what it left be damaged.
         """
-        back = start.source
-        if step.turn is not None:
-            back = course.start(self.job.steps, self.book["stages"], step.turn.since, self.job.task.primary).source
+        back = start.source if step.turn is None else self.start(step.turn.since).source
         needed = {self.kept(source) for source in (index, start.source, back)}
         for folder in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
             if folder.name.isdigit() and folder not in needed:

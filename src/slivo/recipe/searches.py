@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from importlib import resources
 from math import isfinite
 from typing import Any
 
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 from slivo.errors import RecipeError
 from slivo.recipe.places import copied, put, split
 from slivo.recipe.schema import Range, Recipe, Search
+from slivo.recipe.shipped import shipped
 from slivo.recipe.text import Path, Source, from_validation, spell, unknown
 
 Problem = tuple[Path, str]
@@ -27,7 +27,7 @@ def problems(recipe: Recipe, part: Search, check: Check) -> Iterator[Problem]:
         check: Yields what is wrong with a recipe whose keys and types are right.
     """
     for number, name in enumerate(part.strategies or []):
-        if name not in (names := _shipped()):
+        if name not in (names := [*shipped()]):
             yield ("search", "strategies", number), unknown(name, names, "one of those that ship")
     for name in part.objectives:
         if part.objectives.count(name) > 1:
@@ -74,8 +74,3 @@ def _wrong(plain: Mapping[str, Any], key: str, value: object, check: Check) -> s
 
 def _said(error: RecipeError) -> str:
     return str(error).removeprefix(": ")
-
-
-def _shipped() -> list[str]:
-    folder = resources.files("slivo") / "recipes"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))

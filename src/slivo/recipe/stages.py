@@ -14,16 +14,16 @@ from slivo.export import onnx
 from slivo.export.bench import Running
 from slivo.factorize import factorize
 from slivo.graph.copies import duplicate
-from slivo.measure import clock, quality
+from slivo.measure import quality
 from slivo.prune import Budget, drop, permute, sparsify, sparsity
-from slivo.recipe.cuts import first, run_prune
+from slivo.recipe.cuts import run_prune, timer_of
 from slivo.recipe.joint import run_joint
 from slivo.recipe.models import made
 from slivo.recipe.plan import Step
 from slivo.recipe.result import PACKED
 from slivo.recipe.rounding import run_quantize
 from slivo.recipe.schema import Distill, Drop, Export, Factorize, Fit, Keep, Share, Sparsify, Teacher
-from slivo.recipe.work import Details, Outcome, Work, data, distilled, fitted, samples, weighing
+from slivo.recipe.work import Details, Outcome, Work, data, distilled, fitted, sample_inputs, weighing
 from slivo.share import share
 
 
@@ -72,10 +72,14 @@ def run_drop(work: Work, step: Step) -> Outcome:
     """Take blocks out of the student."""
     part = step.part
     assert isinstance(part, Drop)
-    batches = [work.task.inputs(batch) for batch in samples(work, part.samples)]
     keep = _budget(part.keep, work.pace)
     student = drop(
-        work.student, work.task.example_inputs, keep=keep, only=part.only, exclude=part.exclude, batches=batches
+        work.student,
+        work.task.example_inputs,
+        keep=keep,
+        only=part.only,
+        exclude=part.exclude,
+        batches=sample_inputs(work, part.samples),
     )
     made = edits.record(student)[-1]
     assert isinstance(made, edits.Drop)
@@ -139,8 +143,8 @@ def run_factorize(work: Work, step: Step) -> Outcome:
         only=part.only,
         exclude=part.exclude,
         round_to=part.round_to,
-        batches=[task.inputs(batch) for batch in samples(work, part.samples)] if part.samples else None,
-        timer=clock(tuple(first(value) for value in task.example_inputs)) if keep is not None and keep.timed else None,
+        batches=sample_inputs(work, part.samples) if part.samples else None,
+        timer=timer_of(task) if keep is not None and keep.timed else None,
     )
     made = edits.record(student)[-1]
     assert isinstance(made, edits.Factorize)

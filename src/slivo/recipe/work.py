@@ -191,6 +191,11 @@ def weighing(work: Work, count: int) -> Details:
     }
 
 
+def sample_inputs(work: Work, count: int) -> list[tuple[Any, ...]]:
+    """Return what the network is called with for so many samples, a batch each."""
+    return [work.task.inputs(batch) for batch in samples(work, count)]
+
+
 def samples(work: Work, count: int) -> Iterator[Any]:
     """Yield batches of the training data, in an order of the step's own, with as many samples in all."""
     size = min(64, count)

@@ -13,12 +13,12 @@ from torch import nn
 
 from slivo.errors import SlivoError, TargetError
 from slivo.graph import Graph, trace
-from slivo.measure import clock, cost
+from slivo.measure import cost
 from slivo.prune import Plan, cut
 from slivo.prune.ranks import Group
 from slivo.recipe import Loaded, Watch, run
 from slivo.recipe import folder as files
-from slivo.recipe.cuts import first
+from slivo.recipe.cuts import timer_of
 from slivo.recipe.load import load
 from slivo.recipe.models import made
 from slivo.recipe.places import get
@@ -109,7 +109,7 @@ class Ground:
             axes = [axis for group in self.groups for axis in group.axes]
             kept = {name: list(range(width)) for name, width in widths.items()}
             small = cut(self.network, self.task.example_inputs, Plan.of(axes, kept), graph=self.graph)
-            time = clock(tuple(first(value) for value in self.task.example_inputs))
+            time = timer_of(self.task)
             rounds = sorted(time(small) / time(self.network) for _ in range(5))
             table = (files.read_json(file) if file.is_file() else {}) | {key: rounds[len(rounds) // 2]}
             files.write_json(file, table)

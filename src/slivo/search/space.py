@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from slivo.errors import SlivoError
-from slivo.recipe.load import load, shipped
+from slivo.recipe.load import load
 from slivo.recipe.places import copied, get, put, split
 from slivo.recipe.plan import plan
 from slivo.recipe.schema import Range, Recipe
+from slivo.recipe.shipped import shipped
 from slivo.recipe.text import Path
 from slivo.search.derive import TRAININGS, Choice, Parameter, Span, derived, stages_of
 from slivo.search.widths import SECTIONS, Shape

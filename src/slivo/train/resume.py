@@ -121,11 +121,7 @@ def state_of(
 
 def copied(tree: Any) -> Any:
     """Return a copy that the training does not change."""
-    if isinstance(tree, Tensor):
-        return tree.detach().clone()
-    if isinstance(tree, Mapping):
-        return {key: copied(value) for key, value in tree.items()}
-    return type(tree)(copied(value) for value in tree) if isinstance(tree, list | tuple) else tree
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), tree)
 
 
 def restore(
